@@ -1,0 +1,136 @@
+"""A Decoder from a Hugging Face directory, or with random weights: each tensor is read, quantized and moved, one at a
+time, so that the host never holds more than one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from litlora.checkpoint import Checkpoint
+from litlora.config import ModelConfig
+from litlora.errors import InputError
+from litlora.frozen import Dense, Quantizer
+from litlora.model import Decoder
+from litlora.ops import Ops
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Weights(Protocol):
+    """Where a model's tensors come from."""
+
+    config: ModelConfig
+
+    def read(self, name: str) -> Tensor:
+        """One tensor by its Hugging Face name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Directory:
+    """The weights of a Hugging Face directory, checked against its config before anything is read."""
+
+    config: ModelConfig
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(cls, path: Path) -> Directory:
+        """Raises InputError for a bad directory, an unsupported config, and for missing, extra or misshapen tensors
+        (all named at once)."""
+        config, checkpoint = ModelConfig.load(path), Checkpoint(path)
+        check_tensors(config, {name: info.shape for name, info in checkpoint.tensors.items()}, path)
+        directory = cls(config, checkpoint)
+        if config.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors:
+            head, embedding = checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")
+            if not torch.equal(head, embedding):
+                raise InputError(
+                    "the config ties the head to the embedding, but the checkpoint holds two different tensors",
+                    where=path,
+                    fix='set "tie_word_embeddings": false in config.json if the head is its own',
+                )
+        return directory
+
+    def read(self, name: str) -> Tensor:
+        return self.checkpoint.read(name)
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """Weights of the right shapes, drawn on `device` (a 70B never touches the disk): speed and memory do not depend on
+    the values."""
+
+    config: ModelConfig
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device | str = "cpu"
+
+    def read(self, name: str) -> Tensor:
+        shape = expected_shapes(self.config)[name]
+        if len(shape) == 1:
+            filler = torch.zeros if name.endswith(".bias") else torch.ones
+            return filler(shape, dtype=self.dtype, device=self.device)
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02)
+
+
+def meta_decoder(config: ModelConfig, ops: Ops | None = None) -> Decoder:
+    """The model without storage: for shapes, counts and dry runs."""
+    with torch.device("meta"):
+        return Decoder(config, ops)
+
+
+def expected_shapes(config: ModelConfig) -> Shapes:
+    """The tensors a checkpoint of this config holds; a tied head is not among them."""
+    shapes = {name: tuple(p.shape) for name, p in meta_decoder(config).named_parameters()}
+    return {name: shape for name, shape in shapes.items() if not (config.tie_word_embeddings and name.startswith("lm_"))}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    return sum(torch.Size(shape).numel() for shape in expected_shapes(config).values())
+
+
+def check_tensors(config: ModelConfig, found: Mapping[str, tuple[int, ...]], where: Path) -> None:
+    """Raises InputError unless `found` are just the tensors of the config (rotary tables of old files aside)."""
+    wanted = expected_shapes(config)
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    for name, shape in found.items():
+        if name not in wanted:
+            known = name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings)
+            problems += [] if known else [f"{name} is not a tensor of a {config.model_type} model"]
+        elif shape != wanted[name]:
+            problems.append(f"{name} is {list(shape)}, config.json says {list(wanted[name])}")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError("the weights do not fit config.json", where=where, got="; ".join(problems[:5]) + more)
+
+
+def load_model(
+    weights: Weights,
+    quantizer: Quantizer,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    ops: Ops | None = None,
+    quantize_head: bool = False,
+) -> Decoder:
+    """The frozen model on `device`. `dtype` is that of everything that is not quantized: embedding, norms, head."""
+    config, dense = weights.config, Dense(dtype)
+    decoder = meta_decoder(config, ops)
+    decoder.inverse_frequencies = decoder.inverse_frequencies.to(device)
+    linears = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in decoder.named_modules():  # first what is no linear: the tied head needs the embedding
+        if name not in linears:
+            for leaf, _ in list(module.named_parameters(recurse=False)):
+                tensor = weights.read(f"{name}.{leaf}").to(device=device, dtype=dtype)
+                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+    for name, module in linears.items():
+        tied = name == "lm_head" and config.tie_word_embeddings
+        weight = decoder.model.embed_tokens.weight if tied else weights.read(f"{name}.weight").to(device)
+        bias = None if module.bias is None else weights.read(f"{name}.bias").to(device)
+        chosen = quantizer if name != "lm_head" or quantize_head else dense
+        # a tied head that stays dense shares the embedding's Parameter, not a copy
+        decoder.set_submodule(name, chosen.freeze(weight, bias))
+    return decoder

@@ -1,0 +1,139 @@
+"""The decoder of the Llama family over a packed stream of tokens (N, C); never padded, module path = Hugging Face key.
+
+It knows neither LoRA nor quantization: a linear is whatever `linear(in, out, bias)` makes, or is put in its place.
+Sizes: N tokens, C hidden, H heads, K key/value heads, D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from litlora.config import ModelConfig
+from litlora.ops import Ops
+from litlora.sequences import Packed, Sequences, View
+
+if TYPE_CHECKING:
+    from litlora.packing import Batch
+
+MakeLinear = Callable[[int, int, bool], nn.Module]
+
+
+def trainable_linear(in_features: int, out_features: int, bias: bool) -> nn.Module:
+    return nn.Linear(in_features, out_features, bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps, self.ops = eps, ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, linear: MakeLinear, ops: Ops) -> None:
+        super().__init__()
+        hidden, self.head_dim, self.ops = config.hidden_size, config.head_dim, ops
+        q_size, kv_size = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = linear(hidden, q_size, config.qkv_bias)
+        self.k_proj = linear(hidden, kv_size, config.qkv_bias)
+        self.v_proj = linear(hidden, kv_size, config.qkv_bias)
+        self.o_proj = linear(q_size, hidden, config.o_bias)
+        norms = config.qk_norm
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, ops) if norms else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, ops) if norms else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
+        heads = (len(x), -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads))  # (N, H, D)
+        k = self.k_norm(self.k_proj(x).view(heads))  # (N, K, D)
+        v = self.v_proj(x).view(heads)
+        out = view.attend(self.ops.rope(q, cos, sin), self.ops.rope(k, cos, sin), v)
+        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig, linear: MakeLinear, ops: Ops) -> None:
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = linear(hidden, inner, bias)
+        self.up_proj = linear(hidden, inner, bias)
+        self.down_proj = linear(inner, hidden, bias)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.mlp(x, self.gate_proj, self.up_proj, self.down_proj)
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, linear: MakeLinear, ops: Ops) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, linear, ops)
+        self.mlp = MLP(config, linear, ops)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, view)
+        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+
+
+class _Body(nn.Module):
+    """What Hugging Face's keys call `model.`"""
+
+    def __init__(self, config: ModelConfig, linear: MakeLinear, ops: Ops) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config, linear, ops) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
+
+
+class Decoder(nn.Module):
+    """`model.forward(ids, sequences)` gives the normalized hidden states; `model.lm_head(hidden)` the logits."""
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, config: ModelConfig, ops: Ops | None = None, linear: MakeLinear = trainable_linear) -> None:
+        super().__init__()
+        ops = ops or Ops()
+        self.config, self.ops = config, ops
+        self.model = _Body(config, linear, ops)
+        self.lm_head = linear(config.hidden_size, config.vocab_size, False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        inverse = config.rope.inverse_frequencies(config.head_dim)
+        self.register_buffer("inverse_frequencies", inverse, persistent=False)
+        self.checkpoint_blocks = False
+
+    def forward(self, ids: Tensor, sequences: Sequences) -> Tensor:
+        """ids (N,) int64 -> (N, C)."""
+        x = self.model.embed_tokens(ids)
+        angles = sequences.positions[:, None].float() * self.inverse_frequencies  # (N, D/2), fp32: positions reach 1e5
+        cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
+        views = sequences.views(self.config.sliding_windows)
+        for block, view in zip(self.model.layers, views, strict=True):
+            if self.checkpoint_blocks and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, cos, sin, view, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, view)
+        return self.model.norm(x)  # type: ignore[no-any-return]
+
+
+class CausalLoss(nn.Module):
+    """The one forward that training wraps: blocks, norm, head and loss. Only the scalar leaves it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The sum, not the mean, of the trained tokens' cross-entropies: the step divides, over all micro-batches."""
+        packed = Packed(batch.positions, batch.cu_seqlens, batch.max_seqlen)
+        hidden = self.decoder(batch.input_ids, packed)
+        return self.decoder.ops.linear_cross_entropy(hidden, self.decoder.lm_head, batch.labels)

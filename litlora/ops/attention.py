@@ -1,0 +1,96 @@
+"""Causal attention over sequences of unequal length, without a padded batch around it.
+
+Sizes: N tokens in the packed stream, S sequences, L padded length, H heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """(L, L) bool: a query sees itself and the window - 1 keys before it."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+class Ragged:
+    """Where the tokens of a packed stream lie when sequences of like length are put side by side.
+
+    The sequences are sorted into groups by length (powers of two), so that one long row does not pad the others.
+    Causal attention never looks to the right, so right-padding needs no mask.
+    """
+
+    def __init__(self, cu_seqlens: Tensor) -> None:
+        """cu_seqlens (S+1,): where each sequence starts, and the stream's end."""
+        bounds = cu_seqlens.tolist()
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            if stop > start:
+                groups.setdefault((stop - start - 1).bit_length(), []).append((start, stop))
+        self.gathers: list[Tensor] = []  # (S_g, L_g) token numbers a group; a pad repeats the stream's token 0
+        valid: list[Tensor] = []
+        order: list[Tensor] = []
+        for group in groups.values():
+            starts, stops = torch.tensor(group).unbind(1)
+            index = starts[:, None] + torch.arange(int((stops - starts).max()))
+            inside = index < stops[:, None]
+            self.gathers.append((index * inside).to(cu_seqlens.device))
+            valid.append(inside.flatten().nonzero().squeeze(1).to(cu_seqlens.device))
+            order.append(index[inside])
+        self.valid = valid
+        self.inverse = torch.cat(order).argsort().to(cu_seqlens.device)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """q (N, H, D), k and v (N, K, D) -> (N, H, D)."""
+        outputs = []
+        for gather, valid in zip(self.gathers, self.valid, strict=True):
+            length = gather.shape[1]
+            padded = [t[gather].transpose(1, 2) for t in (q, k, v)]  # (S_g, heads, L_g, D)
+            mask = window_mask(length, window, q.device) if window is not None and window < length else None
+            out = F.scaled_dot_product_attention(*padded, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, valid))
+        return torch.cat(outputs).index_select(0, self.inverse)
+
+
+@lru_cache
+def _varlen_parameters() -> frozenset[str]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def can_varlen(q: Tensor, window: int | None) -> bool:
+    """Whether torch's variable-length flash attention takes this: a CUDA card since Ampere, 16 bit, and for a window
+    a torch that has the argument (2.11 has only causal or not in some builds)."""
+    names = _varlen_parameters()
+    if not names or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0) and (window is None or "window_size" in names)
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> Tensor:
+    """Flash attention on the packed stream itself; arguments as `Ragged.attend`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    names, extra = _varlen_parameters(), {}
+    if "window_size" in names:
+        left = -1 if window is None else window - 1
+        extra["window_size"] = (left, 0)
+    else:
+        extra["is_causal"] = True  # type: ignore[assignment]
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in names:
+            extra["enable_gqa"] = True  # type: ignore[assignment]
+        else:
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    out: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)  # type: ignore[arg-type]
+    return out

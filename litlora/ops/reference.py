@@ -1,0 +1,56 @@
+"""Plain torch operations: right on every device and dtype, the truth that faster ones are tested against.
+
+Sizes: N tokens, C hidden, H heads, D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100  # the label of a position that is not trained
+LOGITS_BYTES = 256 * 2**20  # fp32 logits held at a time
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., C), weight (C,): normalized in fp32, cast, then scaled, in this order as transformers does."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x (N, H, D) by cos, sin (N, 1, D/2); the pair of dimension i is i + D/2, as in Hugging Face's layout."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+    """SwiGLU over (N, C)."""
+    return down(F.silu(gate(x)) * up(x))  # type: ignore[no-any-return]
+
+
+def linear_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    """Sum of cross-entropies over the labelled positions, fp32 scalar. x (N, C), labels (N,), IGNORED = not trained.
+
+    Positions without a label never reach the head, and no more than LOGITS_BYTES of logits are held: where one chunk
+    does not do, each is recomputed in the backward pass.
+    """
+    kept = (labels != IGNORED).nonzero().squeeze(1)
+    x, labels = x.index_select(0, kept), labels.index_select(0, kept)
+    rows = max(1, LOGITS_BYTES // (4 * head.out_features))  # type: ignore[operator]
+    if len(labels) <= rows:
+        return _chunk_loss(head, x, labels)
+    # preserve_rng_state keeps a dropout in front of the head's LoRA the same in the recomputation
+    chunk = partial(checkpoint, _chunk_loss, head, use_reentrant=False, preserve_rng_state=True)
+    parts = [chunk(*pair) for pair in zip(x.split(rows), labels.split(rows), strict=True)]
+    return torch.stack(parts).sum()
+
+
+def _chunk_loss(head: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(head(x).float(), labels, reduction="sum")
