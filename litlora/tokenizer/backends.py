@@ -17,6 +17,9 @@ from litlora.tokenizer.files import AddedToken, TokenizerFiles
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # Encodings keep offsets and strings (about 100 bytes a token): so many texts at a time.
 _CHUNK = 4096
+# What the special pieces are called where tokenizer_config.json does not say.
+_SPECIAL_PIECES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# What a text is put behind to be tokenized as a continuation.
 _ANCHORS = ("\n", "0", ":", "a", ".")
 
 
@@ -34,7 +37,7 @@ class Backend(Protocol):
         """Ids of a text that continues another: no space is put in front of it."""
 
     def encode_at(self, texts: Sequence[str], bounds: Sequence[int]) -> list[tuple[list[int], int | None]]:
-        """Each text's ids, and how many of them are exactly the ids of text[:bound] alone (None: they are not a prefix)."""
+        """Each text's ids, and how many of them are the ids of text[:bound] alone (None: these are not a prefix)."""
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
 
@@ -159,15 +162,13 @@ class SentencePieceBackend:
         self.size = max([self._pieces, *(index + 1 for index in self._by_id)])
         longest_first = sorted(self._added, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
-        bos, eos = (
-            self.id_of(files.named.get(f"{name}_token", text)) for name, text in (("bos", "<s>"), ("eos", "</s>"))
-        )
+        bos, eos = (self.id_of(files.named.get(name, _SPECIAL_PIECES[name])) for name in ("bos_token", "eos_token"))
         self.prefix = [bos] if bos is not None and files.config.get("add_bos_token", True) else []
         self.suffix = [eos] if eos is not None and files.config.get("add_eos_token", False) else []
         self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
     def _special_pieces(self, files: TokenizerFiles) -> Iterable[AddedToken]:
-        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **files.named}
+        names = {**_SPECIAL_PIECES, **files.named}
         for text in dict.fromkeys([*names.values(), *files.extra_special]):
             index = self._piece_id(text)
             if index is not None:
@@ -233,6 +234,6 @@ class SentencePieceBackend:
 
     def is_special(self, token_id: int) -> bool:
         token = self._by_id.get(token_id)
-        return (
-            token.special if token is not None else token_id < self._pieces and bool(self._model.is_control(token_id))
-        )
+        if token is not None:
+            return token.special
+        return token_id < self._pieces and bool(self._model.is_control(token_id))

@@ -54,7 +54,7 @@ class TokenizerFiles:
         both = {**special_map, **{key: value for key, value in config.items() if value is not None}}
         generation, model = (_read_object(directory / name) for name in ("generation_config.json", "config.json"))
         extra = both.get("extra_special_tokens") or both.get("additional_special_tokens") or ()
-        bos = next((i for i in _ids(generation.get("bos_token_id")) + _ids(model.get("bos_token_id"))), None)
+        bos = next(iter(_ids(generation.get("bos_token_id")) + _ids(model.get("bos_token_id"))), None)
         return cls(
             directory=directory,
             config=config,
@@ -106,9 +106,9 @@ def _added_tokens(directory: Path, config: dict[str, Any]) -> tuple[AddedToken, 
     for content, index in _read_object(directory / "added_tokens.json").items():
         added[int(index)] = AddedToken(int(index), content, special=content in _mentioned(config))
     for key, token in (config.get("added_tokens_decoder") or {}).items():
-        content = _content(token)
-        if content is not None:
-            added[int(key)] = AddedToken(int(key), content, bool(token.get("special", False)))
+        text = _content(token)
+        if text is not None:
+            added[int(key)] = AddedToken(int(key), text, bool(token.get("special", False)))
     return tuple(added[index] for index in sorted(added))
 
 
