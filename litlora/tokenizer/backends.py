@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,10 +17,15 @@ from litlora.tokenizer.files import AddedToken, TokenizerFiles
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 # Encodings keep offsets and strings (about 100 bytes a token): so many texts at a time.
 _CHUNK = 4096
+_LONGEST_TAIL = 200
 # What the special pieces are called where tokenizer_config.json does not say.
 _SPECIAL_PIECES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # What a text is put behind to be tokenized as a continuation.
 _ANCHORS = ("\n", "0", ":", "a", ".")
+
+
+# A text's ids, and for each of its bounds how many ids stand before it.
+Bounded = tuple[list[int], list[int | None]]
 
 
 class Backend(Protocol):
@@ -36,8 +41,8 @@ class Backend(Protocol):
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that continues another: no space is put in front of it."""
 
-    def encode_at(self, texts: Sequence[str], bounds: Sequence[int]) -> list[tuple[list[int], int | None]]:
-        """Each text's ids, and how many of them are the ids of text[:bound] alone (None: these are not a prefix)."""
+    def encode_at(self, texts: Sequence[str], bounds: Sequence[Sequence[int]]) -> list[Bounded]:
+        """Each text's ids, and for each bound how many of them are the ids of text[:bound] alone (None: no prefix)."""
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
 
@@ -46,9 +51,12 @@ class Backend(Protocol):
     def is_special(self, token_id: int) -> bool: ...
 
 
-def prefix_counts(full: list[list[int]], alone: list[list[int]]) -> list[int | None]:
-    """How many ids of each full text are those of its beginning tokenized alone, or None."""
-    return [len(part) if ids[: len(part)] == part else None for ids, part in zip(full, alone, strict=True)]
+def compare_prefixes(
+    full: Sequence[list[int]], wanted: Sequence[tuple[int, str]], encode: Callable[[list[str]], list[list[int]]]
+) -> list[int | None]:
+    """For each (text number, its beginning): how many of the text's ids are those of the beginning alone, or None."""
+    alone = encode([beginning for _, beginning in wanted])
+    return [len(part) if full[i][: len(part)] == part else None for (i, _), part in zip(wanted, alone, strict=True)]
 
 
 class JsonBackend:
@@ -83,46 +91,50 @@ class JsonBackend:
         return [encoding.ids for encoding in found]
 
     def encode_continuation(self, text: str) -> list[int]:
-        alone, *anchored = self.encode_batch([text, *(anchor + text for anchor in _ANCHORS)])
-        for anchor, ids in zip(_ANCHORS, anchored, strict=True):
-            lead = self.encode_batch([anchor])[0]
+        for anchor in _ANCHORS:
+            lead = self._tokenizer.encode(anchor, add_special_tokens=False).ids
+            ids = self._tokenizer.encode(anchor + text, add_special_tokens=False).ids
             if ids[: len(lead)] == lead:
                 return ids[len(lead) :]
-        return alone
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_at(self, texts: Sequence[str], bounds: Sequence[int]) -> list[tuple[list[int], int | None]]:
-        """One pass over the texts: the library tells at which token the bound lies, so that only the last line of
-        what stands before it must be tokenized again to know that these ids are also those of the prompt alone.
+    def encode_at(self, texts: Sequence[str], bounds: Sequence[Sequence[int]]) -> list[Bounded]:
+        """One pass over the texts: the library tells at which token a bound lies, so that only the last line of what
+        stands before it must be tokenized again to know that these ids are also those of the beginning alone.
 
         A tokenizer splits from left to right and looks ahead no further than the end of a run of like characters;
         merges on the left of a bound that no token crosses do not depend on the right. So equal ids over a tail that
         ends a run mean equal ids before it. Whatever is not that plain is compared in full.
         """
-        result: list[tuple[list[int], int | None]] = []
+        result: list[Bounded] = []
         tails: dict[str, list[int]] = {}
         for start in range(0, len(texts), _CHUNK):
-            chunk, at = list(texts[start : start + _CHUNK]), bounds[start : start + _CHUNK]
-            encodings = self._tokenizer.encode_batch(chunk, add_special_tokens=False)
+            chunk, at = texts[start : start + _CHUNK], bounds[start : start + _CHUNK]
+            encodings = self._tokenizer.encode_batch(list(chunk), add_special_tokens=False)
             ids = [encoding.ids for encoding in encodings]
-            counts: list[int | None] = [None] * len(chunk)
-            doubtful = []
-            for row, (text, bound, encoding) in enumerate(zip(chunk, at, encodings, strict=True)):
-                tail = _tail(text, bound)
-                if tail not in tails:
-                    tails[tail] = self.encode_continuation(tail) if tail else []
-                count = len(ids[row]) if bound == len(text) else encoding.char_to_token(bound)
-                wanted = tails[tail]
-                if wanted and count and ids[row][max(count - len(wanted), 0) : count] == wanted:
-                    span = encoding.token_to_chars(count - 1)
-                    if span is not None and span[1] == bound:
-                        counts[row] = count
-                        continue
-                doubtful.append(row)
-            alone = self.encode_batch([chunk[row][: at[row]] for row in doubtful])
-            for row, found in zip(doubtful, prefix_counts([ids[row] for row in doubtful], alone), strict=True):
-                counts[row] = found
+            counts = [
+                [self._plain_count(encoding, own, text, bound, tails) for bound in text_bounds]
+                for encoding, own, text, text_bounds in zip(encodings, ids, chunk, at, strict=True)
+            ]
+            doubtful = [(i, j) for i, row in enumerate(counts) for j, count in enumerate(row) if count is None]
+            wanted = [(i, chunk[i][: at[i][j]]) for i, j in doubtful]
+            for (i, j), count in zip(doubtful, compare_prefixes(ids, wanted, self.encode_batch), strict=True):
+                counts[i][j] = count
             result.extend(zip(ids, counts, strict=True))
         return result
+
+    def _plain_count(
+        self, encoding: Any, ids: list[int], text: str, bound: int, tails: dict[str, list[int]]
+    ) -> int | None:
+        """Tokens before the bound, where the tail before it shows that they are also the beginning's own; else None."""
+        count = len(ids) if bound == len(text) else encoding.char_to_token(bound)
+        if not count or (span := encoding.token_to_chars(count - 1)) is None or span[1] != bound:
+            return None
+        tail = _tail(text, bound)
+        if tail not in tails:
+            tails[tail] = self.encode_continuation(tail) if tail else []
+        wanted = tails[tail]
+        return count if wanted and ids[max(count - len(wanted), 0) : count] == wanted else None
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
@@ -137,7 +149,7 @@ class JsonBackend:
 def _tail(text: str, bound: int) -> str:
     """The last line before the bound, long enough to end a run of like characters; empty where there is none."""
     tail = text[text.rfind("\n", 0, max(bound - 12, 0)) + 1 : bound]
-    return tail if len(tail) < bound and re.search(r"\w\W", tail) else ""
+    return tail if len(tail) < min(bound, _LONGEST_TAIL) and re.search(r"\w\W", tail) else ""
 
 
 class SentencePieceBackend:
@@ -207,10 +219,11 @@ class SentencePieceBackend:
                 ids += (first if position == 0 else later).encode(part)
         return ids
 
-    def encode_at(self, texts: Sequence[str], bounds: Sequence[int]) -> list[tuple[list[int], int | None]]:
+    def encode_at(self, texts: Sequence[str], bounds: Sequence[Sequence[int]]) -> list[Bounded]:
         full = self.encode_batch(texts)
-        alone = self.encode_batch([text[:bound] for text, bound in zip(texts, bounds, strict=True)])
-        return list(zip(full, prefix_counts(full, alone), strict=True))
+        wanted = [(i, texts[i][:bound]) for i, text_bounds in enumerate(bounds) for bound in text_bounds]
+        counts = iter(compare_prefixes(full, wanted, self.encode_batch))
+        return [(ids, [next(counts) for _ in text_bounds]) for ids, text_bounds in zip(full, bounds, strict=True)]
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         out: list[str] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from litlora.errors import InputError
-from litlora.tokenizer.backends import Backend, JsonBackend, SentencePieceBackend
+from litlora.tokenizer.backends import Backend, Bounded, JsonBackend, SentencePieceBackend
 from litlora.tokenizer.chat import ChatTemplate
 from litlora.tokenizer.files import TokenizerFiles
 from litlora.tokenizer.stream import Stream
@@ -110,10 +110,10 @@ class Tokenizer:
         """Ids of a text that follows another one: no special tokens, no leading space of sentencepiece's."""
         return self._backend.encode_continuation(text)
 
-    def encode_at(self, texts: Sequence[str], bounds: Sequence[int]) -> list[tuple[list[int], int | None]]:
-        """Each text's ids without special tokens, and how many of them are exactly the ids of `text[:bound]` alone.
+    def encode_at(self, texts: Sequence[str], bounds: Sequence[Sequence[int]]) -> list[Bounded]:
+        """Each text's ids without special tokens; for each bound how many of them are the ids of `text[:bound]` alone.
 
-        None in place of the count: a token straddles the bound, or the beginning alone has other ids.
+        None in place of a count: a token straddles the bound, or the beginning alone has other ids.
         """
         return self._backend.encode_at(texts, bounds)
 
@@ -132,6 +132,10 @@ class Tokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of one token given as its text, None where the vocabulary lacks it."""
         return self._backend.id_of(token)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, special ones too."""
+        return self.decode([token_id], skip_special=False)
 
     @cached_property
     def _chat(self) -> ChatTemplate:

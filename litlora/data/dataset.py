@@ -1,0 +1,104 @@
+"""Tokenized examples, flat in memory and on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_LOG = logging.getLogger("litlora")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of the rows. Token counts are after truncation; `trained_tokens` are labels."""
+
+    rows: int = 0  # in the data
+    truncated: int = 0
+    dropped: int = 0
+    straddling: int = 0  # a token would have crossed from prompt to response: tokenized in two parts
+    masked: int = 0  # no label left
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest: int = 0  # tokens of the longest row before truncation
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Examples side by side: example i is `flat_ids[offsets[i]:offsets[i + 1]]`.
+
+    `flat_trained` marks tokens that are labels, by position (never the first one of an example: nothing predicts it).
+    `rows[i]` is the row or line number of example i in the data file.
+    """
+
+    flat_ids: npt.NDArray[np.int32]  # (T,)
+    flat_trained: npt.NDArray[np.bool_]  # (T,)
+    offsets: npt.NDArray[np.int64]  # (examples + 1,)
+    rows: npt.NDArray[np.int64]  # (examples,)
+    counts: Counts
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def ids(self, index: int) -> npt.NDArray[np.int32]:
+        return self.flat_ids[self.offsets[index] : self.offsets[index + 1]]
+
+    def trained(self, index: int) -> npt.NDArray[np.bool_]:
+        return self.flat_trained[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example."""
+        return np.diff(self.offsets)
+
+
+def default_cache_dir() -> Path:
+    """$LITLORA_CACHE, or ~/.cache/litlora."""
+    return Path(os.environ.get("LITLORA_CACHE") or Path.home() / ".cache" / "litlora")
+
+
+def save(dataset: Dataset, path: Path) -> None:
+    """Write atomically: whoever reads finds all of it or nothing. A cache that cannot be written is only logged."""
+    arrays: dict[str, Any] = {
+        "ids": dataset.flat_ids,
+        "trained": dataset.flat_trained,
+        "offsets": dataset.offsets,
+        "rows": dataset.rows,
+        "counts": np.frombuffer(json.dumps(asdict(dataset.counts)).encode(), dtype=np.uint8),
+    }
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        _LOG.warning("the tokenized data could not be cached in %s: %s", path.parent, error)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> Dataset | None:
+    """What `save` wrote; None where there is nothing, or something else. The format's checksums find damage."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            counts = Counts(**json.loads(file["counts"].tobytes()))
+            dataset = Dataset(file["ids"], file["trained"], file["offsets"], file["rows"], counts)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        _LOG.warning("the cached data in %s are damaged and made again: %s", path, error)
+        return None
+    fits = len(dataset.flat_ids) == len(dataset.flat_trained) == dataset.offsets[-1]
+    return dataset if fits and len(dataset.rows) == len(dataset) else None

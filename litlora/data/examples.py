@@ -1,0 +1,198 @@
+"""Rows to ids and label masks, as generation will see them."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from litlora.data.dataset import Counts, Dataset, default_cache_dir, load, save
+from litlora.data.prompts import PromptStyle, Rendered
+from litlora.data.rows import Row
+from litlora.errors import InputError
+from litlora.tokenizer import Tokenizer
+
+# Part of the cache's key: to be raised whenever the same rows would give other ids or masks.
+_FORMAT = 1
+_OVERLONG = ("truncate", "drop", "error")
+
+
+@dataclass(frozen=True)
+class _Options:
+    mask_prompt: bool
+    max_seq_length: int
+    on_overlong: str
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 2:
+            raise InputError("a sequence needs two tokens", where="--max_seq_length", got=self.max_seq_length)
+        if self.on_overlong not in _OVERLONG:
+            raise InputError("unknown choice", where="--on_overlong", got=self.on_overlong, wanted=", ".join(_OVERLONG))
+
+
+@dataclass
+class _Example:
+    """One row's ids and the spans [begin, end) of its ids that are labels."""
+
+    number: int
+    ids: list[int]
+    trained: list[tuple[int, int]] = field(default_factory=list)
+
+
+def prepare(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    *,
+    mask_prompt: bool = False,
+    max_seq_length: int,
+    on_overlong: str = "truncate",
+    cache_dir: Path | None = None,
+    use_cache: bool = True,
+) -> Dataset:
+    """Tokenize rows, or read them from the cache (a file named by the hash of all that the ids depend on).
+
+    Prompt and response are tokenized as one string; the label boundary must be where the prompt's own ids end, and
+    where it is not, the row is tokenized in two parts and counted. eos follows every response. Raw text is cut into
+    sequences of max_seq_length that overlap by one token, so that every token is a label once.
+
+    Args:
+        mask_prompt: train on responses only (False: on prompts too).
+        max_seq_length: in tokens, special ones included.
+        on_overlong: truncate (such rows end without eos), drop, or error.
+        cache_dir: None is `default_cache_dir()`.
+
+    Raises InputError: no rows, an overlong row under `error`, all rows overlong, every label masked.
+    """
+    options = _Options(mask_prompt, max_seq_length, on_overlong)
+    if not rows:
+        raise InputError("there are no rows to train on")
+    path = (cache_dir or default_cache_dir()) / f"{_key(rows, tokenizer, style, options)}.npz"
+    dataset = load(path) if use_cache else None
+    if dataset is None:
+        dataset = _build(rows, tokenizer, style, options)
+        if use_cache:
+            save(dataset, path)
+    return dataset
+
+
+def _key(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, options: _Options) -> str:
+    about = (_FORMAT, tokenizer.fingerprint, tokenizer.eos_id, style.name, style.key, asdict(options))
+    digest = hashlib.sha256(repr(about).encode())
+    for row in rows:
+        digest.update(f"{type(row).__name__}{row.key()!r}".encode())
+    return digest.hexdigest()
+
+
+def _build(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, options: _Options) -> Dataset:
+    rendered = [_render(row, style) for row in rows]
+    found, straddling = _tokenize(rows, rendered, tokenizer)
+    fitted: list[_Example] = []
+    longest = truncated = dropped = 0
+    for example, text in zip(found, rendered, strict=True):
+        length = len(example.ids)
+        longest = max(longest, length)
+        if length <= options.max_seq_length:
+            fitted.append(example)
+        elif text.chunked:
+            fitted.extend(_chunks(example, options.max_seq_length))
+        elif options.on_overlong == "error":
+            raise InputError(
+                f"row {example.number} is too long",
+                got=f"{length} tokens",
+                wanted=f"at most {options.max_seq_length} (--max_seq_length)",
+                fix="raise --max_seq_length, or --on_overlong truncate or drop",
+            )
+        elif options.on_overlong == "drop":
+            dropped += 1
+        else:
+            truncated += 1
+            fitted.append(_Example(example.number, example.ids[: options.max_seq_length], example.trained))
+    if not fitted:
+        raise InputError(
+            "all rows are overlong and dropped",
+            got=f"{len(rows)} rows, up to {longest} tokens",
+            wanted=f"rows of at most {options.max_seq_length} tokens (--max_seq_length)",
+            fix="raise --max_seq_length, or --on_overlong truncate",
+        )
+    counts = Counts(rows=len(rows), truncated=truncated, dropped=dropped, straddling=straddling, longest=longest)
+    return _flatten(fitted, counts, options)
+
+
+def _render(row: Row, style: PromptStyle) -> Rendered:
+    try:
+        return style.render(row)
+    except InputError as error:
+        raise InputError(f"row {row.number} cannot be rendered: {error}") from error
+
+
+def _tokenize(rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: Tokenizer) -> tuple[list[_Example], int]:
+    """Ids and label spans of each row with its special tokens; how many rows had to be tokenized in parts."""
+    texts = ["".join(text for text, _ in item.segments) for item in rendered]
+    bounds = [list(itertools.accumulate(len(text) for text, _ in item.segments[:-1])) for item in rendered]
+    examples: list[_Example] = []
+    straddling = 0
+    for row, item, (ids, counts) in zip(rows, rendered, tokenizer.encode_at(texts, bounds), strict=True):
+        ends = [count for count in counts if count is not None]
+        if len(ends) < len(counts):
+            straddling += 1
+            ids, ends = _in_parts(item, tokenizer)
+        lead = tokenizer.lead(ids)
+        shift = len(lead)
+        tail = [tokenizer.eos_id] if item.add_eos else []
+        example = _Example(row.number, [*lead, *ids, *tail])
+        begin = 0
+        for (_, trained), end in zip(item.segments, [*(end + shift for end in ends), len(example.ids)], strict=True):
+            if trained:
+                example.trained.append((begin, end))
+            begin = end
+        examples.append(example)
+    return examples, straddling
+
+
+def _in_parts(item: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The segments' ids one after the other, and where each but the last ends."""
+    ids: list[int] = []
+    ends: list[int] = []
+    for position, (text, _) in enumerate(item.segments):
+        ids += tokenizer.encode_continuation(text) if position else tokenizer.encode(text, special=False)
+        ends.append(len(ids))
+    return ids, ends[:-1]
+
+
+def _chunks(example: _Example, size: int) -> Iterator[_Example]:
+    """Sequences of `size` ids that overlap by one: the last id of one is where the next one predicts from."""
+    for start in range(0, len(example.ids) - 1, size - 1):
+        ids = example.ids[start : start + size]
+        yield _Example(example.number, ids, [(0, len(ids))])
+
+
+def _flatten(examples: Sequence[_Example], counts: Counts, options: _Options) -> Dataset:
+    lengths = [len(example.ids) for example in examples]
+    offsets = np.zeros(len(examples) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    total = int(offsets[-1])
+    every_id = itertools.chain.from_iterable(example.ids for example in examples)
+    ids = np.fromiter(every_id, dtype=np.int32, count=total)
+    trained = np.full(total, not options.mask_prompt)
+    if options.mask_prompt:
+        for start, length, example in zip(offsets.tolist(), lengths, examples, strict=False):
+            for begin, end in example.trained:
+                trained[start + min(begin, length) : start + min(end, length)] = True
+    trained[offsets[:-1]] = False  # nothing predicts a first token
+    labels = np.add.reduceat(trained, offsets[:-1], dtype=np.int64)
+    if not labels.any():
+        raise InputError(
+            "every label is masked: there is nothing to train on",
+            got=f"{counts.rows} rows, --max_seq_length {options.max_seq_length}",
+            fix="raise --max_seq_length so that it holds more than the prompts",
+        )
+    numbers = np.array([example.number for example in examples], dtype=np.int64)
+    done = Counts(
+        **{**asdict(counts), "tokens": total, "trained_tokens": int(labels.sum()), "masked": int((labels == 0).sum())}
+    )
+    return Dataset(ids, trained, offsets, numbers, done)

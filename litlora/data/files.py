@@ -1,0 +1,115 @@
+"""Data files to Python values, each with its row or line number."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litlora.errors import InputError
+
+
+@dataclass(frozen=True)
+class Table:
+    """`values` are (number, value); `unit` says whether numbers count rows of a JSON list or lines of the file."""
+
+    path: Path
+    unit: str
+    values: list[tuple[int, Any]]
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file. Raises InputError: missing, a directory, empty, not UTF-8."""
+    if not path.is_file():
+        what = "the data file is a directory" if path.is_dir() else "the data file does not exist"
+        raise InputError(what, where=path, fix="give the file with --data_path")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError("the data file is not UTF-8 text", where=f"{path}, byte {error.start}") from error
+    except OSError as error:
+        raise InputError("the data file cannot be read", where=path, got=error) from error
+    if not text.strip():
+        raise InputError("the data file is empty", where=path)
+    return text
+
+
+def read_table(path: Path) -> Table:
+    """A .json (a list of rows), .jsonl (a row a line) or .csv file (a header, then rows).
+
+    Raises InputError, with the line, where the file is malformed.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".json", ".jsonl", ".csv"):
+        raise InputError("this kind of data file is unknown", where=path, wanted="a .json, .jsonl or .csv file")
+    text = read_text(path)
+    if suffix == ".csv":
+        return _csv(path, text)
+    # JSON lines under the name .json are common: what the file begins with decides.
+    if suffix == ".json" and (text.lstrip().startswith("[") or _is_one_value(text)):
+        return _json(path, text)
+    return _json_lines(path, text)
+
+
+def _is_one_value(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    # A single line that is one object is a file of JSON lines with one row.
+    return "\n" in text.strip()
+
+
+def _json(path: Path, text: str) -> Table:
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise InputError("malformed JSON", where=f"{path}{line}", got=error) from error
+    if not isinstance(value, list):
+        raise InputError("the data file is not a list of rows", where=path, got=type(value).__name__, wanted="[{…}, …]")
+    if not value:
+        raise InputError("the data file has no rows", where=path)
+    return Table(path, "row", list(enumerate(value, start=1)))
+
+
+def _json_lines(path: Path, text: str) -> Table:
+    values = []
+    # Only \n ends a line here: splitlines() would also split inside strings (U+2028 and the like).
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values.append((number, json.loads(line)))
+        except (json.JSONDecodeError, RecursionError) as error:
+            wanted = "one JSON value a line"
+            raise InputError("malformed JSON", where=f"{path}, line {number}", got=error, wanted=wanted) from error
+    return Table(path, "line", values)
+
+
+def _csv(path: Path, text: str) -> Table:
+    csv.field_size_limit(2**31 - 1)  # the default refuses an answer of more than 131,072 characters
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] = []
+    values: list[tuple[int, Any]] = []
+    line = 1
+    try:
+        for cells in reader:
+            if not cells:
+                pass
+            elif not header:
+                header = [name.strip() for name in cells]
+            elif len(cells) != len(header):
+                got, wanted = f"{len(cells)} cells", f"{len(header)}: {', '.join(header)}"
+                raise InputError("malformed CSV", where=f"{path}, line {line}", got=got, wanted=wanted)
+            else:
+                values.append((line, dict(zip(header, cells, strict=True))))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError("malformed CSV", where=f"{path}, line {line}", got=error) from error
+    if not values:
+        raise InputError("the data file has no rows", where=path)
+    return Table(path, "line", values)

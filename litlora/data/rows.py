@@ -1,0 +1,51 @@
+"""What one row of training data is, whatever file it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Messages = tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One question and its answer. `number` is the row (or line) in the file, from 1."""
+
+    number: int
+    instruction: str
+    input: str
+    output: str
+
+    def key(self) -> object:
+        """What makes this row's ids: the cache is found by it."""
+        return (self.number, self.instruction, self.input, self.output)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns as {"role": …, "content": …}; every assistant turn is trained.
+
+    `own_template`: rendered with the model's chat template whatever the prompt style (False: LIMA's turns, which
+    follow the prompt style as its single-turn rows do).
+    """
+
+    number: int
+    messages: Messages
+    own_template: bool = True
+
+    def key(self) -> object:
+        return (self.number, self.own_template, [(message["role"], message["content"]) for message in self.messages])
+
+
+@dataclass(frozen=True)
+class Document:
+    """Raw text for continued pretraining; every token is trained."""
+
+    number: int
+    text: str
+
+    def key(self) -> object:
+        return (self.number, self.text)
+
+
+Row = Instruction | Conversation | Document

@@ -1,0 +1,129 @@
+"""Examples to micro-batches: whole examples side by side in one stream, never padded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from litlora.data import Dataset
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed stream of N tokens in S sequences.
+
+    `labels[i]` is the id that position i predicts (shifted already), -100 where nothing is trained; the last position
+    of each sequence is always -100. Sequence s is `[cu_seqlens[s], cu_seqlens[s + 1])`.
+    """
+
+    input_ids: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64
+    positions: Tensor  # (N,) int64, from 0 in each sequence
+    cu_seqlens: Tensor  # (S + 1,) int32
+    max_seqlen: int
+    trained_tokens: int  # labels that are not -100
+    rows: tuple[int, ...]  # (S,) indices into the dataset
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device; to a CUDA device through pinned memory, so that the copy overlaps the host's work."""
+        device = torch.device(device)
+
+        def move(tensor: Tensor) -> Tensor:
+            if device.type == "cuda" and tensor.device.type == "cpu":
+                return tensor.pin_memory().to(device, non_blocking=True)
+            return tensor.to(device)
+
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            labels=move(self.labels),
+            positions=move(self.positions),
+            cu_seqlens=move(self.cu_seqlens),
+        )
+
+
+def collate(dataset: Dataset, indices: Sequence[int]) -> Batch:
+    """Pack examples in the given order.
+
+    Example: rows of 3 and 2 tokens [a b c] [d e], all trained, give input_ids [a b c d e], labels [b c -100 e -100],
+    positions [0 1 2 0 1], cu_seqlens [0 3 5].
+    """
+    if len(indices) == 0:
+        raise ValueError("a batch needs at least one example")
+    ids = np.concatenate([dataset.ids(i) for i in indices]).astype(np.int64)
+    trained = np.concatenate([dataset.trained(i) for i in indices])
+    lengths = np.array([len(dataset.ids(i)) for i in indices], dtype=np.int64)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    labels = np.full(len(ids), IGNORED, dtype=np.int64)
+    labels[:-1] = np.where(trained[1:], ids[1:], IGNORED)
+    labels[bounds[1:] - 1] = IGNORED  # what follows a sequence's last token is another sequence
+    positions = np.arange(len(ids), dtype=np.int64) - np.repeat(bounds[:-1], lengths)
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        trained_tokens=int((labels != IGNORED).sum()),
+        rows=tuple(int(i) for i in indices),
+    )
+
+
+def micro_batches(
+    dataset: Dataset, indices: Sequence[int], *, max_tokens: int | None = None, max_rows: int | None = None
+) -> list[Batch]:
+    """One optimizer step's examples in micro-batches; each example is in exactly one.
+
+    Args:
+        max_tokens: packs of nearly equal length, as few as hold at most so many tokens each; a longer example is a
+            pack of its own.
+        max_rows: so many examples a micro-batch, in the given order. Neither: all in one.
+    """
+    if max_tokens is not None and max_rows is not None:
+        raise ValueError("micro-batches are limited by tokens or by rows, not by both")
+    if max_rows is not None:
+        groups = [list(indices[start : start + max_rows]) for start in range(0, len(indices), max_rows)]
+    elif max_tokens is not None:
+        lengths = [int(dataset.offsets[i + 1] - dataset.offsets[i]) for i in indices]
+        groups = [[indices[place] for place in pack] for pack in _spread(lengths, max_tokens)]
+    else:
+        groups = [list(indices)]
+    return [collate(dataset, group) for group in groups if group]
+
+
+def _spread(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Places 0…n-1 in packs of nearly equal length. Longest first into the emptiest pack; one pack more where that
+    exceeds the budget. Places keep their order in a pack, packs the order of their first place."""
+    alone = [[place] for place, length in enumerate(lengths) if length > budget]
+    rest = [place for place, length in enumerate(lengths) if length <= budget]
+    rest.sort(key=lambda place: (-lengths[place], place))
+    packs: list[list[int]] = []
+    for count in range(math.ceil(sum(lengths[place] for place in rest) / budget), len(rest) + 1):
+        packs, sizes = [[] for _ in range(count)], [0] * count
+        for place in rest:
+            emptiest = sizes.index(min(sizes))
+            packs[emptiest].append(place)
+            sizes[emptiest] += lengths[place]
+        if max(sizes, default=0) <= budget:
+            break
+    return sorted(sorted(pack) for pack in [*packs, *alone] if pack)
+
+
+def step_plan(n: int, batch_size: int, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
+    """Indices 0…n-1 of one epoch in optimizer steps of batch_size; a last partial step is kept.
+
+    The order depends on seed and epoch alone, on every machine alike; `shuffle` False keeps the file's.
+    """
+    if shuffle:
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+        order = torch.randperm(n, generator=generator).tolist()
+    else:
+        order = list(range(n))
+    return [order[start : start + batch_size] for start in range(0, n, batch_size)]
