@@ -87,7 +87,7 @@ class Shard:
     @classmethod
     def open(cls, file: Path) -> Shard:
         """Reads and checks the header only. Raises InputError when the file is not a whole safetensors file."""
-        if not file.is_file():
+        if not os.path.isfile(file):  # unlike Path.is_file, False for a name that no file can have
             raise InputError("a weights file is missing", where=file, fix="download the checkpoint again")
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -97,8 +97,10 @@ class Shard:
                 raise _corrupt(file, f"{size} bytes, of which the header claims {length}", "a whole safetensors file")
             header = stream.read(length)
         try:
-            parsed = json.loads(header)
+            parsed = json.loads(header.decode())
             metadata = parsed.pop("__metadata__", None) or {}
+            if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+                raise _corrupt(file, f"__metadata__ {metadata!r}"[:200], "text by name")
             tensors = sorted((_info(file, name, entry, 8 + length) for name, entry in parsed.items()), key=_offset)
         except InputError:
             raise
@@ -127,17 +129,18 @@ def _info(file: Path, name: str, entry: dict[str, Any], data_start: int) -> Tens
     if entry["dtype"] not in DTYPES:
         wanted = ", ".join(DTYPES)
         raise InputError("a tensor of an unsupported dtype", where=f"{file}: {name}", got=entry["dtype"], wanted=wanted)
+    name.encode()  # a lone surrogate is a ValueError here rather than in whoever prints or hashes the name
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     start, stop = entry["data_offsets"]
     numbers = (*shape, start, stop)
-    if any(type(n) is not int or n < 0 for n in numbers) or stop - start != prod(shape) * dtype.itemsize:
+    if not all(map(_is_size, numbers)) or stop - start != prod(shape) * dtype.itemsize:
         wanted = f"{prod(shape) * dtype.itemsize} bytes for {list(shape)}" if all(map(_is_size, shape)) else "sizes >= 0"
         raise _corrupt(file, f"{name} with data_offsets {[start, stop]}", wanted)
     return TensorInfo(name, dtype, shape, file, data_start + start, stop - start)
 
 
 def _is_size(n: object) -> bool:
-    return type(n) is int and n >= 0
+    return type(n) is int and 0 <= n < 2**63
 
 
 class Checkpoint:
@@ -284,7 +287,12 @@ def atomic_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
         old = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.old")
         if directory.exists():
             os.replace(directory, old)
-        os.replace(temporary, directory)
+        try:
+            os.replace(temporary, directory)
+        except BaseException:
+            if old.exists():
+                os.replace(old, directory)
+            raise
         fsync_directory(directory.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
