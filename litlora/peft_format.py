@@ -47,6 +47,7 @@ class Record:
     quantize_head: bool
     precision: str
     prompt_style: str
+    prompt_template: str | None  # the text of a template file
     tokenizer_fingerprint: str
     step: int
     val_loss: float | None

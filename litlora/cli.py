@@ -1,0 +1,180 @@
+"""The command line: `litlora COMMAND --flags`. Torch is imported only when a command is known, so that --help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import inspect
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from litlora.errors import InputError
+
+COMMANDS = {
+    "finetune_lora": "finetune a model with LoRA or QLoRA",
+    "generate": "generate text from a base, base + adapter, or merged model",
+    "chat": "hold a conversation in the terminal",
+    "merge_lora": "merge adapters into the base model's weights",
+    "validate": "validation loss of a base, base + adapter, or merged model",
+    "download": "fetch a model from the Hugging Face hub",
+    "convert": "make a Hugging Face directory of Meta's original checkpoint",
+}
+EPILOG = """Every command takes --help, --config FILE.yaml (flags override it), --print_config, and --debug (tracebacks)."""
+# What a command may end with that is no bug: its message says all.
+CLEAN_ERRORS = ("VerifyError", "TrainingError")
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry point of `litlora` and of scripts/*.py. Exit codes: 0 well, 1 failed, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+    except InputError as error:
+        code = _fail(f"error: {error}", 2, debug)
+    except KeyboardInterrupt:
+        code = _fail("interrupted", 130, debug)
+    except BrokenPipeError:  # `litlora generate … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except Exception as error:
+        if type(error).__name__ in CLEAN_ERRORS:
+            code = _fail(f"error: {error}", 1, debug)
+        else:
+            text = f"internal error: {type(error).__name__}: {error}\n  fix:    run again with --debug and report it"
+            code = _fail(text, 1, debug)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int, debug: bool) -> int:
+    if debug:
+        raise  # noqa: PLE0704 - called from an except block
+    print(message, file=sys.stderr)
+    return code
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from litlora import __version__
+
+        print(f"litlora {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        raise InputError(
+            "unknown command",
+            got=name,
+            wanted=", ".join(COMMANDS),
+            fix=f"did you mean `litlora {close[0]}`?" if close else "litlora --help",
+        )
+    module = importlib.import_module(f"litlora.commands.{name}")
+    args, given = parse(name, module, arguments[1:])
+    if "given" in inspect.signature(module.run).parameters:
+        module.run(args, given=given)
+    else:
+        module.run(args)
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        ["usage: litlora COMMAND [flags]", "", "Finetune Llama-style language models with LoRA and QLoRA.", ""]
+        + ["commands:", *lines, "", EPILOG]
+    )
+
+
+def make_parser(name: str, module: Any) -> Any:
+    """The parser of one command, its flags those of the command's `Args`."""
+    import jsonargparse
+
+    description = inspect.getdoc(module.Args) or COMMANDS[name]
+    parser = jsonargparse.ArgumentParser(
+        prog=f"litlora {name}",
+        description=description.split("\n\n")[0],
+        epilog="--debug shows the traceback of an error.",
+        exit_on_error=False,
+        default_env=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML file of these flags; flags given beside it win")
+    positional = getattr(module, "POSITIONAL", ())
+    parser.add_class_arguments(module.Args, None, skip=set(positional), sub_configs=False)
+    for field in positional:
+        parser.add_argument(field, type=str, help=getattr(module, "POSITIONAL_HELP", {}).get(field))
+    return parser
+
+
+def parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, frozenset[str]]:
+    """The command's Args and the names of the flags that were given (on the line or in a config).
+
+    Raises InputError for what does not parse, with the nearest right name for an unknown flag or key.
+    """
+    import jsonargparse
+
+    parser = make_parser(name, module)
+    arguments = _join_lists(arguments, module.Args)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            namespace = parser.parse_args(arguments)
+            given = parser.parse_args(arguments, defaults=False)
+    except (jsonargparse.ArgumentError, SystemExit, ValueError, TypeError, OSError) as error:
+        if isinstance(error, SystemExit) and not error.code:
+            raise
+        raise _explained(str(error), module.Args, arguments) from None
+    fields = [field.name for field in dataclasses.fields(module.Args)]
+    values = {field: getattr(namespace, field) for field in fields}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    keys = frozenset(key for key in fields if getattr(given, key, None) is not None)
+    return module.Args(**values), keys
+
+
+def _join_lists(arguments: list[str], args: type) -> list[str]:
+    """`--x a --x b` for a flag that takes several values becomes jsonargparse's append form `--x+=a --x+=b`."""
+    several = {f.name for f in dataclasses.fields(args) if str(f.type).startswith(("tuple[", "list["))}
+    joined: list[str] = []
+    position = 0
+    while position < len(arguments):
+        flag, equals, value = arguments[position].partition("=")
+        if flag.startswith("--") and flag[2:] in several:
+            if not equals and position + 1 < len(arguments):
+                position += 1
+                value = arguments[position]
+            joined.append(f"{flag}+={value}")
+        else:
+            joined.append(arguments[position])
+        position += 1
+    return joined
+
+
+def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError:
+    """jsonargparse's message, in our form."""
+    known = [field.name for field in dataclasses.fields(args)] + ["config", "print_config", "help", "debug"]
+    message = re.sub(r"\s+", " ", message).strip()
+    for pattern in (r"Unrecognized arguments: -*([\w.+-]+)", r"Key '([\w.]+)' is not expected", r"[Nn]o action for key \"?'?([\w.]+)"):
+        found = re.search(pattern, message)
+        if found:
+            close = difflib.get_close_matches(found.group(1), known, n=1, cutoff=0.5)
+            fix = f"did you mean --{close[0]}?" if close else "see --help"
+            kind = "flag" if f"--{found.group(1)}" in " ".join(arguments) else "flag or config key"
+            return InputError(f"unknown {kind}", got=found.group(1), fix=fix)
+    found = re.search(r'Key "?([\w.]+)"? is required|the following arguments are required: (.+)', message)
+    if found:
+        return InputError("a required flag is missing", wanted=f"--{found.group(1) or found.group(2)}", fix="see --help")
+    found = re.search(r'Parser key "([\w.]+)": (.*)', message)
+    if found:
+        reason = found.group(2).split(" Given value type")[0].split(" Subtypes")[0][:300]
+        return InputError("a flag's value does not fit", where=f"--{found.group(1)}", got=reason, fix="see --help")
+    return InputError("the command line does not parse", got=message[:400], fix="see --help")

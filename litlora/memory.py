@@ -1,0 +1,65 @@
+"""How many tokens a micro-batch may hold, and what to say when it was too many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from litlora.config import ModelConfig
+from litlora.errors import InputError
+from litlora.ops.reference import LOGITS_BYTES
+
+CPU_TOKENS = 2048  # enough for the products' speed, small enough for the caches
+GPU_TOKENS = 8192  # from here on longer packs are no faster
+SHARE = 0.85  # of the free memory that a plan may count on: the allocator's gaps, workspaces
+
+
+def activation_bytes(config: ModelConfig, itemsize: int, *, checkpointed: bool) -> int:
+    """Bytes a token that the backward pass keeps. Per block: two norms in fp32, q, k, v and attention's output, the
+    MLP's gate, up and product, and the adapters' dropped-out inputs; checkpointed, each block's input and one block."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    block = itemsize * (15 * hidden + 5 * inner)
+    layers = config.num_hidden_layers
+    return block + layers * itemsize * hidden if checkpointed else layers * block
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """How a step is cut: at most `tokens` a micro-batch (a longer row goes alone), blocks recomputed or not."""
+
+    tokens: int
+    checkpointed: bool
+
+
+def choose_micro_batch(
+    config: ModelConfig, itemsize: int, longest: int, device: torch.device, checkpointing: str
+) -> MicroBatch:
+    """The largest pack, up to a few thousand tokens, that the free memory holds. `checkpointing`: auto | none | full."""
+    if device.type != "cuda":
+        return MicroBatch(max(CPU_TOKENS, longest), checkpointing == "full")
+    free = SHARE * (torch.cuda.mem_get_info(device)[0] - 3 * LOGITS_BYTES)
+    for checkpointed in {"auto": (False, True), "none": (False,), "full": (True,)}[checkpointing]:
+        room = int(free / activation_bytes(config, itemsize, checkpointed=checkpointed))
+        if room >= longest:
+            break
+    return MicroBatch(max(longest, min(GPU_TOKENS, room)), checkpointed)
+
+
+def out_of_memory(
+    *, weights: int, adapter: int, micro: MicroBatch, longest: int, quantize: str | None, device: torch.device
+) -> InputError:
+    """What filled the GPU, in GB, and the cheapest flag that takes less. `weights` and `adapter` in bytes, the latter
+    with gradients and optimizer."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    parts = f"base weights {weights / 1e9:.2f} GB, adapter with gradients and optimizer {adapter / 1e9:.2f} GB, "
+    parts += f"the rest activations of {micro.tokens} tokens"
+    if micro.tokens > longest:
+        fix = f"--micro_batch_tokens {max(longest, micro.tokens // 2)}"
+    elif not micro.checkpointed:
+        fix = "--activation_checkpointing full"
+    elif quantize is None:
+        fix = "--quantize bnb.nf4-dq"
+    else:
+        fix = f"--max_seq_length {longest // 2}"
+    return InputError("out of memory on the GPU", where=f"a card of {total / 1e9:.1f} GB", got=parts, fix=fix)

@@ -1,0 +1,49 @@
+"""Optimizers and learning-rate schedules by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from litlora.errors import InputError
+
+OPTIMIZERS = ("adamw", "sgd", "adamw_8bit")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """torch's AdamW and SGD with their own defaults, or bitsandbytes' AdamW with its state in 8 bit."""
+    parameters = list(parameters)
+    if name == "adamw":
+        fused = parameters[0].is_cuda
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+    if name == "sgd":
+        return torch.optim.SGD(parameters, lr=learning_rate, weight_decay=weight_decay)
+    if name == "adamw_8bit":
+        import bitsandbytes as bnb
+
+        optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return optimizer
+    raise InputError("unknown --optimizer", got=name, wanted=", ".join(OPTIMIZERS))
+
+
+def make_schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """The learning rate's factor at optimizer step k = 0, 1, …, as transformers' schedules of the same names: it rises
+    as k / warmup_steps, then stays, falls to 0 in a line, or falls to 0 in half a cosine."""
+    if name not in SCHEDULES:
+        raise InputError("unknown --lr_schedule", got=name, wanted=", ".join(SCHEDULES))
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        if name == "constant":
+            return 1.0
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return 1.0 - done if name == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    return factor
