@@ -133,8 +133,10 @@ def _info(file: Path, name: str, entry: dict[str, Any], data_start: int) -> Tens
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     start, stop = entry["data_offsets"]
     numbers = (*shape, start, stop)
-    if not all(map(_is_size, numbers)) or stop - start != prod(shape) * dtype.itemsize:
-        wanted = f"{prod(shape) * dtype.itemsize} bytes for {list(shape)}" if all(map(_is_size, shape)) else "sizes >= 0"
+    if not all(map(_is_size, numbers)) or prod(size or 1 for size in shape) >= 2**63:
+        raise _corrupt(file, f"{name} with shape {shape} and data_offsets {[start, stop]}"[:200], "sizes from 0 up")
+    if stop - start != prod(shape) * dtype.itemsize:
+        wanted = f"{prod(shape) * dtype.itemsize} bytes for {list(shape)}"
         raise _corrupt(file, f"{name} with data_offsets {[start, stop]}", wanted)
     return TensorInfo(name, dtype, shape, file, data_start + start, stop - start)
 
@@ -159,7 +161,8 @@ class Checkpoint:
             files = list(dict.fromkeys(str(name) for name in weight_map.values()))
             for name in files:
                 if Path(name).name != name:
-                    raise InputError("the weights index points outside its directory", where=directory / INDEX, got=name)
+                    what = "the weights index points outside its directory"
+                    raise InputError(what, where=directory / INDEX, got=name)
         elif (directory / SINGLE).is_file():
             weight_map, files = None, [SINGLE]
         else:
@@ -180,7 +183,8 @@ class Checkpoint:
             fix = "only safetensors are read, pickled weights never: take the repository's safetensors files"
         wanted = f"{SINGLE}, or {INDEX} and its shards"
         got = ", ".join(pickled) or "neither"
-        return InputError("no weights in the checkpoint directory", where=self.directory, got=got, wanted=wanted, fix=fix)
+        what = "no weights in the checkpoint directory"
+        return InputError(what, where=self.directory, got=got, wanted=wanted, fix=fix)
 
     def _check_map(self, weight_map: Mapping[str, str]) -> None:
         problems = [

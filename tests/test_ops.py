@@ -1,0 +1,196 @@
+"""The reference operations against torch's own: loss, attention of ragged sequences, recomputation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litlora.config import ModelConfig
+from litlora.frozen import Dense
+from litlora.load import RandomWeights, load_model
+from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_parameters
+from litlora.model import CausalLoss
+from litlora.ops import reference
+from litlora.ops.attention import Ragged
+from litlora.packing import Batch
+from litlora.sequences import Packed
+
+V, C = 37, 16
+
+
+@pytest.fixture(params=[1, 5, 10**6], ids=["row by row", "chunks of 5", "one chunk"])
+def rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many positions' logits may be held at a time."""
+    monkeypatch.setattr(reference, "LOGITS_BYTES", request.param * 4 * V)
+    return int(request.param)
+
+
+def head_and_stream(dtype: torch.dtype = torch.float64) -> tuple[nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    head, x = nn.Linear(C, V, dtype=dtype), torch.randn(23, C, dtype=dtype, requires_grad=True)
+    labels = torch.randint(0, V, (23,))
+    labels[torch.tensor([0, 3, 4, 5, 6, 7, 8, 22])] = reference.IGNORED
+    return head, x, labels
+
+
+def test_linear_cross_entropy_is_cross_entropy(rows: int) -> None:
+    head, x, labels = head_and_stream(torch.float32)
+    wanted = F.cross_entropy(head(x), labels, reduction="sum", ignore_index=-100)
+    gradients = torch.autograd.grad(wanted, [x, head.weight, head.bias])
+    loss = reference.linear_cross_entropy(x, head, labels)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(loss, [x, head.weight, head.bias]), gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_cross_entropy_holds_no_more_logits_than_it_says(rows: int) -> None:
+    head, x, labels = head_and_stream()
+    seen: list[int] = []
+    head.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    reference.linear_cross_entropy(x, head, labels)
+    assert max(seen) <= rows
+    assert sum(seen) == 15, "positions without a label reach the head"
+
+
+def test_linear_cross_entropy_is_fp32_whatever_the_head(rows: int) -> None:
+    head, x, labels = head_and_stream(torch.bfloat16)
+    loss = reference.linear_cross_entropy(x, head, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(head(x).float(), labels, reduction="sum"))
+
+
+def test_linear_cross_entropy_without_a_label_is_zero_and_finite(rows: int) -> None:
+    head, x, _ = head_and_stream(torch.float32)
+    loss = reference.linear_cross_entropy(x, head, torch.full((23,), reference.IGNORED))
+    assert loss.item() == 0
+    gradients = torch.autograd.grad(loss, [x, head.weight])
+    assert all(gradient.eq(0).all() for gradient in gradients)
+
+
+def test_a_dropout_before_the_head_is_the_same_when_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "LOGITS_BYTES", 5 * 4 * V)
+
+    class Dropped(nn.Linear):
+        masks: list[Tensor] = []  # noqa: RUF012
+
+        def forward(self, x: Tensor) -> Tensor:
+            dropped = F.dropout(x, 0.5)
+            self.masks.append(dropped.detach() != 0)
+            return super().forward(dropped)
+
+    _, x, labels = head_and_stream(torch.float32)
+    head = Dropped(C, V)
+    reference.linear_cross_entropy(x, head, labels).backward()
+    chunks = len(head.masks) // 2
+    assert chunks == 3
+    first, second = head.masks[:chunks], head.masks[chunks:][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def alone(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """One sequence (L, heads, D), the dense formula with the mask written out."""
+    length, group = len(q), q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    seen = (j <= i) if window is None else (j <= i) & (j > i - window)
+    mask = torch.zeros(length, length, dtype=q.dtype).masked_fill(~seen, -torch.inf)
+    scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5 + mask
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("lengths", [[7], [1], [1, 1, 1], [3, 8, 1, 16, 5, 2, 9], [4, 0, 5, 0, 0]], ids=str)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_ragged_attention_is_each_sequence_alone(lengths: list[int], window: int | None, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    total = sum(lengths)
+    q = torch.randn(total, 4, 6, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(total, kv_heads, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    out = Ragged(bounds).attend(q, k, v, window)
+    parts = [
+        alone(a, b, c, window)
+        for a, b, c in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+        if len(a)
+    ]
+    wanted = torch.cat(parts)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
+    weight = torch.randn_like(out)
+    ours = torch.autograd.grad((out * weight).sum(), [q, k, v])
+    theirs = torch.autograd.grad((wanted * weight).sum(), [q, k, v])
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-12)
+
+
+def test_packed_of_lengths_is_its_docstring() -> None:
+    packed = Packed.of_lengths([3, 2])
+    assert packed.positions.tolist() == [0, 1, 2, 0, 1]
+    assert packed.cu_seqlens.tolist() == [0, 3, 5]
+    assert packed.cu_seqlens.dtype == torch.int32
+    assert packed.max_seqlen == 3
+
+
+def test_a_neighbour_that_is_not_a_number_stays_its_own_affair() -> None:
+    """A padded row repeats a token of another sequence: its NaN must not leak, forward or backward."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(8, 2, 4).requires_grad_() for _ in range(3))
+    poison = torch.zeros(8, 2, 4)
+    poison[:3] = torch.nan
+    out = Ragged(torch.tensor([0, 3, 8])).attend(q + poison, k + poison, v + poison, None)
+    assert out[3:].isfinite().all()
+    gradients = torch.autograd.grad(out[3:].sum(), [q, k, v])
+    assert all(gradient[3:].isfinite().all() for gradient in gradients)
+
+
+def small_config(**changes: object) -> ModelConfig:
+    raw: dict[str, object] = {"model_type": "llama", "vocab_size": V, "hidden_size": C, "intermediate_size": 24}
+    raw |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, **changes}
+    return ModelConfig.from_dict(raw)
+
+
+def batch_of(lengths: list[int], vocab: int = V) -> Batch:
+    packed = Packed.of_lengths(lengths)
+    ids = torch.randint(0, vocab, (sum(lengths),))
+    labels = torch.randint(0, vocab, (sum(lengths),))
+    labels[::3] = reference.IGNORED
+    rows = tuple(range(len(lengths)))
+    trained = int((labels != reference.IGNORED).sum())
+    return Batch(ids, labels, packed.positions, packed.cu_seqlens, packed.max_seqlen, trained, rows)
+
+
+@pytest.mark.parametrize("logits_rows", [4, 10**6])
+def test_checkpointed_blocks_give_the_same_loss_and_gradients_under_dropout(
+    monkeypatch: pytest.MonkeyPatch, logits_rows: int
+) -> None:
+    monkeypatch.setattr(reference, "LOGITS_BYTES", logits_rows * 4 * V)
+    torch.manual_seed(0)
+    decoder = load_model(
+        RandomWeights(small_config(), torch.float32), Dense(torch.float32), dtype=torch.float32, device="cpu"
+    )
+    adapt(decoder, LoRA(r=4, dropout=0.3, targets=tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)))
+    for parameter in lora_parameters(decoder):
+        nn.init.normal_(parameter, std=0.2)
+    loss, batch = CausalLoss(decoder.train()), batch_of([5, 9, 2])
+
+    def run(checkpointed: bool, seed: int) -> tuple[Tensor, list[Tensor]]:
+        decoder.checkpoint_blocks = checkpointed
+        torch.manual_seed(seed)
+        value = loss(batch)
+        return value, list(torch.autograd.grad(value, lora_parameters(decoder)))
+
+    (plain, gradients), (again, recomputed) = run(False, 1), run(True, 1)
+    assert torch.equal(plain, again)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
+    assert not torch.equal(plain, run(True, 2)[0]), "dropout was off: nothing was tested"
+
+
+def test_rms_norm_and_rope_keep_the_dtype_of_x() -> None:
+    x = torch.randn(3, 2, 8, dtype=torch.bfloat16)
+    assert reference.rms_norm(x, torch.ones(8, dtype=torch.bfloat16), 1e-6).dtype == torch.bfloat16
+    angle = torch.rand(3, 1, 4)
+    rotated = reference.rope(x, angle.cos(), angle.sin())
+    assert rotated.dtype == torch.bfloat16
+    wide = reference.rope(x.float(), angle.cos(), angle.sin())
+    torch.testing.assert_close(wide.norm(dim=-1), x.float().norm(dim=-1))  # a rotation keeps lengths
