@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from litlora.errors import InputError
 
 BLOCKSIZE = 64  # weights that share one absmax, bitsandbytes' default
+SLICE = 2**22  # weights quantized at a time on the CPU: whole blocks
 
 
 class FrozenLinear(nn.Module):
@@ -86,6 +87,27 @@ class DenseLinear(FrozenLinear):
         return F.linear(x, self.weight, self.bias)
 
 
+def _quantize(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, Any]:
+    """bitsandbytes' packed weight and state.
+
+    On the CPU its arithmetic holds seven times a 16-bit weight, so there a large one goes in slices of whole blocks,
+    which gives the same bits.
+    """
+    import bitsandbytes.functional as bnb
+
+    if weight.is_cuda or weight.numel() <= SLICE:
+        return bnb.quantize_4bit(  # type: ignore[no-any-return]
+            weight, blocksize=BLOCKSIZE, quant_type=kind, compress_statistics=nested
+        )
+    parts = [bnb.quantize_4bit(part, blocksize=BLOCKSIZE, quant_type=kind) for part in weight.view(-1).split(SLICE)]
+    packed, state = torch.cat([packed for packed, _ in parts]), parts[0][1]
+    state.absmax = torch.cat([part.absmax for _, part in parts])
+    if nested:  # as quantize_4bit does it
+        state.offset = state.absmax.mean()
+        state.absmax, state.state2 = bnb.quantize_blockwise(state.absmax - state.offset, blocksize=256)
+    return packed, state
+
+
 class FourBitLinear(FrozenLinear):
     """NF4 or FP4 in blocks of 64, with absmax in fp32, or itself in 8 bit (double quantization).
 
@@ -98,13 +120,9 @@ class FourBitLinear(FrozenLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str, nested: bool, dtype: torch.dtype) -> None:
         """weight (O, I) in the dtype of the file: what is rounded is what was published. `dtype`: of the products."""
         super().__init__()
-        import bitsandbytes.functional as bnb
-
         self.out_features, self.in_features = weight.shape
         self.kind, self.dtype = kind, dtype
-        packed, state = bnb.quantize_4bit(
-            weight.contiguous(), blocksize=BLOCKSIZE, quant_type=kind, compress_statistics=nested
-        )
+        packed, state = _quantize(weight.contiguous(), kind, nested)
         self.weight, self.absmax, self.code = _frozen(packed), _frozen(state.absmax), _frozen(state.code)
         self.nested = nested
         if nested:
