@@ -81,7 +81,7 @@ def prepare(
 
 
 def _key(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, options: _Options) -> str:
-    about = (_FORMAT, tokenizer.fingerprint, tokenizer.eos_id, style.name, style.key, asdict(options))
+    about = (_FORMAT, tokenizer.fingerprint, tokenizer.eos_id, style.key, asdict(options))
     digest = hashlib.sha256(repr(about).encode())
     for row in rows:
         digest.update(f"{type(row).__name__}{row.key()!r}".encode())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -16,30 +16,29 @@ from litlora.errors import InputError
 from litlora.tokenizer import Tokenizer
 from litlora.tokenizer.chat import environment
 
-STYLES = ("alpaca", "chat", "none")
-# Stanford Alpaca's prompt, written as a template file would be.
-_ALPACA = """\
-{%- if input -%}
-Below is an instruction that describes a task, paired with an input that provides further context. \
-Write a response that appropriately completes the request.
+# Stanford Alpaca's two prompts; {instruction} and {input} are filled in.
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
 
-### Instruction:
-{{ instruction }}
 
-### Input:
-{{ input }}
+def _alpaca(instruction: str, input: str) -> str:
+    return (_WITH_INPUT if input else _WITHOUT_INPUT).format(instruction=instruction, input=input)
 
-### Response:
-{% else -%}
-Below is an instruction that describes a task. Write a response that appropriately completes the request.
 
-### Instruction:
-{{ instruction }}
+def _none(instruction: str, input: str) -> str:
+    return f"{instruction}\n{input}" if input else instruction
 
-### Response:
-{% endif %}"""
-_NONE = "{{ instruction }}{% if input %}\n{{ input }}{% endif %}"
-_SOURCES = {"alpaca": _ALPACA, "none": _NONE}
+
+_BUILT_IN: dict[str, Callable[[str, str], str]] = {"alpaca": _alpaca, "none": _none}
+STYLES = (*_BUILT_IN, "chat")
 
 
 @dataclass(frozen=True)
@@ -62,22 +61,21 @@ class PromptStyle:
     taken as it is, the last newline included. Conversations (`messages`) always take the chat template.
     """
 
-    def __init__(self, name: str, source: str | None, tokenizer: Tokenizer, where: object = None) -> None:
+    def __init__(self, name: str, source: str | None, tokenizer: Tokenizer) -> None:
+        """`source`: a template's text; None for the styles known by name."""
         self.name = name
         self.source = source
-        """The template's text, enough to make the style again (`from_source`); None for chat."""
         self._tokenizer = tokenizer
-        self._where = where
-        self._template = None if source is None else _compile(source, where)
+        fill = _BUILT_IN.get(name)
+        self._fill = fill if source is None else _template(source, name)  # None: the model's chat template
 
     @classmethod
     def load(cls, name: str, tokenizer: Tokenizer) -> PromptStyle:
         """A style by its name, or from a template file. Raises InputError: unknown, unreadable, no chat template."""
         if name == "chat":
-            tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True)
-            return cls("chat", None, tokenizer)
-        if name in _SOURCES:
-            return cls(name, _SOURCES[name], tokenizer)
+            tokenizer.require_chat_template()
+        if name in STYLES:
+            return cls(name, None, tokenizer)
         path = Path(name)
         if not path.is_file():
             wanted = f"{', '.join(STYLES)}, or a template file"
@@ -85,35 +83,32 @@ class PromptStyle:
         try:
             # newline="": the file's text as it is.
             with path.open(encoding="utf-8", newline="") as file:
-                return cls(name, file.read(), tokenizer, where=path)
+                return cls(name, file.read(), tokenizer)
         except (OSError, UnicodeDecodeError) as error:
             raise InputError("the prompt template cannot be read", where=path, got=error) from error
 
     @classmethod
     def from_source(cls, name: str, source: str | None, tokenizer: Tokenizer) -> PromptStyle:
-        """The style that `name` and `source` of an earlier one describe."""
-        return cls.load(name, tokenizer) if source is None else cls(name, source, tokenizer, where=name)
+        """The style that `name` and `source` of an earlier one describe (an adapter's, whose template file is gone)."""
+        return cls.load(name, tokenizer) if source is None else cls(name, source, tokenizer)
 
     @cached_property
     def key(self) -> str:
         """What changes the prompts besides the rows: part of the cache's key."""
         dated = "strftime_now" in (self._tokenizer.chat_template or "")
-        return repr((self.source, self._tokenizer.chat_template, date.today().isoformat() if dated else None))
+        return repr(
+            (self.name, self.source, self._tokenizer.chat_template, date.today().isoformat() if dated else None)
+        )
 
     def prompt(self, instruction: str, input: str = "") -> str:
         """The text in front of a response."""
-        if self._template is None:
+        if self._fill is None:
             return self._tokenizer.apply_chat_template(_as_messages(instruction, input), add_generation_prompt=True)
-        if self.name == "none":
-            return f"{instruction}\n{input}" if input else instruction
-        try:
-            return self._template.render(instruction=instruction, input=input)
-        except jinja2.TemplateError as error:
-            raise InputError("the prompt template cannot be filled in", where=self._where, got=error) from error
+        return self._fill(instruction, input)
 
     def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text in front of the next assistant turn of a conversation that ends with a user's turn."""
-        if self._template is None:
+        if self._fill is None:
             return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return "".join(text for text, _ in self._turns(messages))
 
@@ -122,12 +117,12 @@ class PromptStyle:
         if isinstance(row, Document):
             return Rendered(((row.text, True),), add_eos=True, chunked=True)
         if isinstance(row, Conversation):
-            if row.own_template or self._template is None:
+            if row.own_template or self._fill is None:
                 return self._with_template(row.messages)
             # The last eos comes as an id, as after every other response.
             *turns, (last, _) = self._turns(row.messages)
             return Rendered((*turns, (last.removesuffix(self._eos_text), True)), add_eos=True)
-        if self._template is None:
+        if self._fill is None:
             return self._with_template([*_as_messages(row.instruction, row.input), _assistant(row)])
         return Rendered(((self.prompt(row.instruction, row.input), False), (row.output, True)), add_eos=True)
 
@@ -182,14 +177,23 @@ class PromptStyle:
         return Rendered(tuple(segments), add_eos=not ended)
 
 
-def _compile(source: str, where: object) -> jinja2.Template:
-    try:
-        template = environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined).from_string(source)
-    except jinja2.TemplateError as error:
-        raise InputError("the prompt template is not valid jinja2", where=where, got=error) from error
+def _template(source: str, where: str) -> Callable[[str, str], str]:
+    """A template's text as a function of instruction and input, tried once."""
     if "instruction" not in source:
         raise InputError("the prompt template never names the instruction", where=where, wanted="{{ instruction }}")
-    return template
+    try:
+        template = environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined).from_string(source)
+        template.render(instruction="", input="")
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise InputError("the prompt template is not valid", where=where, got=error) from error
+
+    def fill(instruction: str, input: str) -> str:
+        try:
+            return template.render(instruction=instruction, input=input)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            raise InputError("the prompt template cannot be filled in", where=where, got=error) from error
+
+    return fill
 
 
 def _as_messages(instruction: str, input: str) -> list[dict[str, str]]:

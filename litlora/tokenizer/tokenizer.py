@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from litlora.errors import InputError
-from litlora.tokenizer.backends import Backend, Bounded, JsonBackend, SentencePieceBackend
+from litlora.tokenizer.backends import Backend, JsonBackend, SentencePieceBackend
+from litlora.tokenizer.boundaries import Bounded, encode_at
 from litlora.tokenizer.chat import ChatTemplate
 from litlora.tokenizer.files import TokenizerFiles
 from litlora.tokenizer.stream import Stream
@@ -115,7 +116,7 @@ class Tokenizer:
 
         None in place of a count: a token straddles the bound, or the beginning alone has other ids.
         """
-        return self._backend.encode_at(texts, bounds)
+        return encode_at(self._backend, texts, bounds)
 
     def lead(self, ids: Sequence[int]) -> list[int]:
         """What the tokenizer puts before these ids: nothing where they begin with it already (a template's bos)."""
@@ -150,6 +151,10 @@ class Tokenizer:
         if self._files.extra_special:
             tokens["additional_special_tokens"] = list(self._files.extra_special)
         return ChatTemplate(self.chat_template, tokens, self.path.parent)
+
+    def require_chat_template(self) -> None:
+        """Raises InputError where the model has none, or one that is not valid."""
+        _ = self._chat
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """The text of [{"role": …, "content": …}, …] in the model's own format.
