@@ -23,6 +23,7 @@ from litlora.checkpoint import read_json, require_directory
 from litlora.errors import InputError
 from litlora.meta_tokenizer import MetaTokenizer
 
+MAPPED = 128_000_000  # bytes; opening the shards takes 50 ms each, so not for every tensor
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -54,6 +55,8 @@ class MetaCheckpoint:
         """Raises InputError when a file is missing or does not hold what it should."""
         require_directory(directory)
         self.directory = directory
+        self._mapped: list[dict[str, Tensor]] = []
+        self._touched = 0  # bytes read through these mappings
         self.files = self._find_shards()
         self.params = self._read_params()
         self.shards = [
@@ -181,10 +184,14 @@ class MetaCheckpoint:
     def read(self, tensor: MetaTensor) -> Tensor:
         """The joined tensor in Hugging Face's order of rows.
 
-        The files are mapped anew for each tensor: a mapped page counts as resident until its mapping goes, and one
-        mapping kept for all would grow to the size of the model.
+        The files are mapped anew after every MAPPED bytes: a mapped page counts as resident until its mapping goes, and
+        one mapping kept for all would grow to the size of the model.
         """
-        parts = [_load(file)[tensor.key] for file in self.files]
+        if not self._mapped or self._touched > MAPPED:
+            self._mapped, self._touched = [], 0  # the old mappings go before the new ones come
+            self._mapped = [_load(file) for file in self.files]
+        parts = [state[tensor.key] for state in self._mapped]
+        self._touched += sum(part.nbytes for part in parts)
         if tensor.split is None:
             if any(not torch.equal(part, parts[0]) for part in parts[1:]):
                 raise InputError(

@@ -4,7 +4,8 @@ tiktoken's format is a line `BASE64 RANK` a token; encoding merges, in each piec
 adjacent pair whose joined bytes have the lowest rank, the leftmost first (https://github.com/openai/tiktoken). The
 `tokenizers` library merges by a list of pairs instead: here every way to cut a token into two tokens, in the order of
 the tokens' ranks, so that whatever pair tiktoken may join, it may join too. That is the construction of the
-tokenizer.json which Llama 3's repositories on the hub carry.
+tokenizer.json which Llama 3's repositories on the hub carry. Of two overlapping pairs that give the same token (a|aa
+and aa|a) tiktoken joins the left one, `tokenizers` the one listed first: no text was found where that shows.
 """
 
 from __future__ import annotations

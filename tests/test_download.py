@@ -247,7 +247,7 @@ def test_killed_process_goes_on_in_the_next(hub: Hub, tmp_path: Path, capsys: py
         [sys.executable, "-c", SCRIPT, str(out), str(CHUNK)], env=environment, stderr=subprocess.DEVNULL
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 120  # against hanging only
         partial = out / f".{BIG}.{hashlib.sha256(hub.files[BIG]).hexdigest()[:16]}.incomplete"
         while not (partial.exists() and partial.stat().st_size >= 4 * CHUNK):
             assert process.poll() is None
