@@ -52,7 +52,7 @@ class TensorInfo:
         """The tensor on the CPU, in a buffer of its own."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
         if self.nbytes:
-            _pread_into(self.file, memoryview(buffer.numpy()), self.offset)
+            _pread_into(self.file, buffer.numpy().data, self.offset)
         return buffer.view(self.dtype).view(self.shape)
 
     def head(self, nbytes: int) -> bytes:
@@ -349,7 +349,7 @@ def write_shard(file: Path, header: bytes, tensors: Iterable[Tensor]) -> None:
         stream.write(struct.pack("<Q", len(header)) + header)
         for tensor in tensors:
             flat = tensor.detach().contiguous().cpu().view(-1)
-            stream.write(memoryview(flat.view(torch.uint8).numpy()))
+            stream.write(flat.view(torch.uint8).numpy().data)
 
 
 def write_checkpoint(

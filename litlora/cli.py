@@ -1,4 +1,4 @@
-"""The command line: `litlora COMMAND --flags`. Torch is imported only when a command is known, so that --help is quick."""
+"""The command line: `litlora COMMAND --flags`. Torch is imported only when a command is known: --help is quick."""
 
 from __future__ import annotations
 
@@ -25,13 +25,20 @@ COMMANDS = {
     "download": "fetch a model from the Hugging Face hub",
     "convert": "make a Hugging Face directory of Meta's original checkpoint",
 }
-EPILOG = """Every command takes --help, --config FILE.yaml (flags override it), --print_config, and --debug (tracebacks)."""
+EPILOG = (
+    """Every command takes --help, --config FILE.yaml (flags override it), --print_config, and --debug (tracebacks)."""
+)
 # What a command may end with that is no bug: its message says all.
 CLEAN_ERRORS = ("VerifyError", "TrainingError")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Entry point of `litlora` and of scripts/*.py. Exit codes: 0 well, 1 failed, 2 bad input, 130 interrupted."""
+    """Entry point of `litlora` and of scripts/*.py."""
+    sys.exit(call(argv))
+
+
+def call(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line. Returns 0: well, 1: failed, 2: bad input, 130: interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -45,18 +52,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # `litlora generate … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except SystemExit as error:  # --help and --print_config
+        code = error.code if isinstance(error.code, int) else 0
     except Exception as error:
         if type(error).__name__ in CLEAN_ERRORS:
             code = _fail(f"error: {error}", 1, debug)
         else:
             text = f"internal error: {type(error).__name__}: {error}\n  fix:    run again with --debug and report it"
             code = _fail(text, 1, debug)
-    sys.exit(code)
+    return code
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
-        raise  # noqa: PLE0704 - called from an except block
+        raise
     print(message, file=sys.stderr)
     return code
 
@@ -91,10 +100,8 @@ def _dispatch(arguments: list[str]) -> int:
 def _overview() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        ["usage: litlora COMMAND [flags]", "", "Finetune Llama-style language models with LoRA and QLoRA.", ""]
-        + ["commands:", *lines, "", EPILOG]
-    )
+    what = "Finetune Llama-style language models with LoRA and QLoRA."
+    return "\n".join(["usage: litlora COMMAND [flags]", "", what, "", "commands:", *lines, "", EPILOG])
 
 
 def make_parser(name: str, module: Any) -> Any:
@@ -110,10 +117,8 @@ def make_parser(name: str, module: Any) -> Any:
         default_env=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of these flags; flags given beside it win")
-    positional = getattr(module, "POSITIONAL", ())
-    parser.add_class_arguments(module.Args, None, skip=set(positional), sub_configs=False)
-    for field in positional:
-        parser.add_argument(field, type=str, help=getattr(module, "POSITIONAL_HELP", {}).get(field))
+    # only download has an argument without a flag: litlora download REPO_ID
+    parser.add_class_arguments(module.Args, None, as_positional=name == "download", sub_configs=False)
     return parser
 
 
@@ -163,7 +168,11 @@ def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError
     """jsonargparse's message, in our form."""
     known = [field.name for field in dataclasses.fields(args)] + ["config", "print_config", "help", "debug"]
     message = re.sub(r"\s+", " ", message).strip()
-    for pattern in (r"Unrecognized arguments: -*([\w.+-]+)", r"Key '([\w.]+)' is not expected", r"[Nn]o action for key \"?'?([\w.]+)"):
+    for pattern in (
+        r"Unrecognized arguments: -*([\w.+-]+)",
+        r"Key '([\w.]+)' is not expected",
+        r"[Nn]o action for key \"?'?([\w.]+)",
+    ):
         found = re.search(pattern, message)
         if found:
             close = difflib.get_close_matches(found.group(1), known, n=1, cutoff=0.5)
@@ -172,7 +181,9 @@ def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError
             return InputError(f"unknown {kind}", got=found.group(1), fix=fix)
     found = re.search(r'Key "?([\w.]+)"? is required|the following arguments are required: (.+)', message)
     if found:
-        return InputError("a required flag is missing", wanted=f"--{found.group(1) or found.group(2)}", fix="see --help")
+        return InputError(
+            "a required flag is missing", wanted=f"--{found.group(1) or found.group(2)}", fix="see --help"
+        )
     found = re.search(r'Parser key "([\w.]+)": (.*)', message)
     if found:
         reason = found.group(2).split(" Given value type")[0].split(" Subtypes")[0][:300]

@@ -43,8 +43,8 @@ class FrozenLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # a custom Function is not autocast by itself
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = _FrozenMatmul.apply(x, self) if x.requires_grad else self.mm(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)  # type: ignore[no-any-return]
+        y: Tensor = _FrozenMatmul.apply(x, self) if x.requires_grad else self.mm(x)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
@@ -133,7 +133,8 @@ class FourBitLinear(FrozenLinear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourBitLinear:
         """Moves, never casts: a `.to(bfloat16)` would round the absmax."""
-        return super()._apply(lambda t: t.to(fn(t).device), recurse)
+        super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def state(self) -> Any:
         """bitsandbytes' description of the packed weight."""
@@ -224,6 +225,6 @@ def make_quantizer(name: str | None, dtype: torch.dtype, device: torch.device) -
             "this machine cannot quantize",
             where=f"--quantize {name} on {device}",
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            fix="install a bitsandbytes that supports this machine (pip install -U bitsandbytes), or leave --quantize out",
+            fix="install a bitsandbytes that supports this machine, or leave --quantize out",
         ) from error
     return quantizer

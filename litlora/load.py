@@ -24,7 +24,8 @@ Shapes = dict[str, tuple[int, ...]]
 class Weights(Protocol):
     """Where a model's tensors come from."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig: ...
 
     def read(self, name: str) -> Tensor:
         """One tensor by its Hugging Face name."""
@@ -85,7 +86,9 @@ def meta_decoder(config: ModelConfig, ops: Ops | None = None) -> Decoder:
 def expected_shapes(config: ModelConfig) -> Shapes:
     """The tensors a checkpoint of this config holds; a tied head is not among them."""
     shapes = {name: tuple(p.shape) for name, p in meta_decoder(config).named_parameters()}
-    return {name: shape for name, shape in shapes.items() if not (config.tie_word_embeddings and name.startswith("lm_"))}
+    return {
+        name: shape for name, shape in shapes.items() if not (config.tie_word_embeddings and name.startswith("lm_"))
+    }
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -148,4 +148,5 @@ def lora_modules(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    return [p for module in lora_modules(model).values() for p in (module.lora_A.weight, module.lora_B.weight)]
+    sides = ((module.lora_A, module.lora_B) for module in lora_modules(model).values())
+    return [p for pair in sides for side in pair for p in side.parameters()]

@@ -35,7 +35,7 @@ class MicroBatch:
 def choose_micro_batch(
     config: ModelConfig, itemsize: int, longest: int, device: torch.device, checkpointing: str
 ) -> MicroBatch:
-    """The largest pack, up to a few thousand tokens, that the free memory holds. `checkpointing`: auto | none | full."""
+    """The largest pack, to a few thousand tokens, that the free memory holds. `checkpointing`: auto | none | full."""
     if device.type != "cuda":
         return MicroBatch(max(CPU_TOKENS, longest), checkpointing == "full")
     free = SHARE * (torch.cuda.mem_get_info(device)[0] - 3 * LOGITS_BYTES)

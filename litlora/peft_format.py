@@ -24,8 +24,8 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "litlora.json"
 
 USED = frozenset(
-    """r lora_alpha lora_dropout target_modules exclude_modules rank_pattern alpha_pattern use_rslora layers_to_transform
-    layers_pattern base_model_name_or_path init_lora_weights""".split()
+    """r lora_alpha lora_dropout target_modules exclude_modules rank_pattern alpha_pattern use_rslora
+    layers_to_transform layers_pattern base_model_name_or_path init_lora_weights""".split()
 )
 HARMLESS = frozenset(
     """peft_type task_type peft_version auto_mapping revision inference_mode qalora_group_size runtime_config
@@ -127,9 +127,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         if key not in USED and key not in HARMLESS and key not in NEUTRAL and value:
             problems.append(f"{key} = {value!r}")
     if problems:
-        raise InputError(
-            "adapter settings that are not supported", where=directory / CONFIG, got="; ".join(problems)
-        )
+        raise InputError("adapter settings that are not supported", where=directory / CONFIG, got="; ".join(problems))
     return raw
 
 
@@ -280,7 +278,10 @@ def combine(adapters: Sequence[Adapter], weights: Sequence[float], module: str) 
 
 
 def attach(
-    model: nn.Module, adapters: Sequence[Adapter], weights: Sequence[float] | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Puts trained adapters over a loaded model, unmerged. `dtype` of the factors: the first adapter's own without."""
     for name in linear_names(model.config):  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from litlora.frozen import Quantizer, make_quantizer
 PRECISIONS = ("bf16-true", "bf16-mixed", "32-true")
 
 
-class LoRAPrecision(Precision):
+class LoRAPrecision(Precision):  # type: ignore[misc]  # Fabric has no types here
     """`dtype` is that of the weights that are not quantized, `compute` that of the products."""
 
     def __init__(self, precision: str, quantize: str | None, device: torch.device) -> None:
@@ -63,5 +63,7 @@ def pick_device(accelerator: str) -> torch.device:
     if accelerator not in ("auto", "cpu", "cuda"):
         raise InputError("unknown --accelerator", got=accelerator, wanted="auto, cpu, cuda")
     if accelerator == "cuda" and not torch.cuda.is_available():
-        raise InputError("no CUDA GPU is usable", where="--accelerator cuda", fix="--accelerator cpu, or check the driver")
+        raise InputError(
+            "no CUDA GPU is usable", where="--accelerator cuda", fix="--accelerator cpu, or check the driver"
+        )
     return torch.device("cuda", 0) if accelerator != "cpu" and torch.cuda.is_available() else torch.device("cpu")

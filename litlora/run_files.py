@@ -1,4 +1,4 @@
-"""What a finetuning run leaves in its out_dir: the best adapter in it, the last in last/, settings, metrics, summary."""
+"""What a finetuning run leaves in its out_dir: the best adapter, the last one in last/, settings, metrics, summary."""
 
 from __future__ import annotations
 

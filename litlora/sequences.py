@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -96,7 +97,7 @@ class Prefill:
         """Sequence i of `packed` fills row `rows[i]` (i itself without `rows`) from position 0."""
         self.packed, self.cache, self.positions = packed, cache, packed.positions
         bounds = packed.cu_seqlens.tolist()
-        lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        lengths = [stop - start for start, stop in pairwise(bounds)]
         row = torch.tensor(range(len(lengths)) if rows is None else rows)
         self.token_rows = row.repeat_interleave(torch.tensor(lengths)).to(packed.positions.device)  # (N,)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from litlora.config import ModelConfig
-from litlora.data import STYLES, Conversation, Dataset, PromptStyle, load_rows, prepare, split
+from litlora.data import STYLES, Conversation, Dataset, Instruction, PromptStyle, load_rows, prepare, split
 from litlora.errors import InputError
 from litlora.load import Directory
 from litlora.metrics import say
@@ -45,23 +44,23 @@ class TrainingData:
     """Tokenized rows; `train` and `validation` are indices into their datasets."""
 
     dataset: Dataset
-    train: Sequence[int]
+    train: list[int]
     validation_dataset: Dataset
-    validation: Sequence[int]
+    validation: list[int]
     style: PromptStyle
     sample: tuple[str, str] | None  # instruction and input of the first validation row, where it has one
 
     @property
     def train_tokens(self) -> int:
-        return int(self.dataset.lengths[list(self.train)].sum())
+        return int(self.dataset.lengths[self.train].sum())
 
     @property
     def longest(self) -> int:
-        lengths = [self.dataset.lengths[list(self.train)], self.validation_dataset.lengths[list(self.validation)]]
+        lengths = [self.dataset.lengths[self.train], self.validation_dataset.lengths[self.validation]]
         return max(int(part.max()) for part in lengths if len(part))
 
     def validation_batches(self, max_tokens: int) -> list[Batch]:
-        return micro_batches(self.validation_dataset, list(self.validation), max_tokens=max_tokens, max_rows=None)
+        return micro_batches(self.validation_dataset, self.validation, max_tokens=max_tokens, max_rows=None)
 
 
 def load_data(args: Any, base: Base) -> TrainingData:
@@ -80,7 +79,7 @@ def load_data(args: Any, base: Base) -> TrainingData:
         val_rows = load_rows(args.data, args.val_path, args.multiturn)
         val_dataset = prepare(val_rows, base.tokenizer, style, **options)
         report_counts(val_dataset, "validation data", length, args.on_overlong)
-        train, validation = range(len(dataset)), range(len(val_dataset))
+        train, validation = list(range(len(dataset))), list(range(len(val_dataset)))
     else:
         val_dataset = dataset
         _, held_out = split(len(rows), args.val_split, args.seed)
@@ -91,7 +90,7 @@ def load_data(args: Any, base: Base) -> TrainingData:
     if not len(train):
         raise InputError("no row is left to train on", where=args.data_path, fix="more rows, or a smaller --val_split")
     first = val_rows[0] if val_rows else None
-    sample = (first.instruction, first.input) if first is not None and hasattr(first, "instruction") else None
+    sample = (first.instruction, first.input) if isinstance(first, Instruction) else None
     return TrainingData(dataset, train, val_dataset, validation, style, sample)
 
 

@@ -33,7 +33,7 @@ class Args:
 
     Args:
         checkpoint_dir: the base model's Hugging Face directory
-        out_dir: where the adapter goes (best in it, last in last/), with metrics.csv, summary.json, hyperparameters.yaml
+        out_dir: where the adapter goes (the last one in last/), metrics.csv, summary.json, hyperparameters.yaml
         data: alpaca, lima, dolly, json (instruction columns, messages or conversations) or text
         data_path: the data file; alpaca, lima and dolly are fetched from the hub without it
         val_path: validation data of the same kind, instead of a split
@@ -143,7 +143,8 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     device = pick_device(args.accelerator)
     args = replace(args, precision=args.precision or default_precision(device))
     base = Base.open(args.checkpoint_dir, weights=not args.dry_run)
-    start = Adapter.open(args.lora_path, base.config, base.weights and base.weights.checkpoint) if args.lora_path else None
+    checkpoint = base.weights.checkpoint if base.weights else None
+    start = Adapter.open(args.lora_path, base.config, checkpoint) if args.lora_path else None
     lora = choose_lora(args, given, start)
     if not args.dry_run:
         files.check(args.overwrite)
@@ -170,7 +171,9 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
             load_factors(module, start.factors(name))
     optimizer = make_optimizer(args.optimizer, lora_parameters(decoder), args.learning_rate, args.weight_decay)
     model, optimizer = fabric.setup(CausalLoss(decoder), optimizer)
-    micro = choose_micro_batch(base.config, plugin.compute.itemsize, data.longest, device, args.activation_checkpointing)
+    micro = choose_micro_batch(
+        base.config, plugin.compute.itemsize, data.longest, device, args.activation_checkpointing
+    )
     micro = replace(micro, tokens=args.micro_batch_tokens or micro.tokens)
     decoder.checkpoint_blocks = micro.checkpointed
 
@@ -218,7 +221,9 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
                     best = min(best, val_loss) if val_loss is not None else best
                     files.save(lora_modules(decoder), lora, record, dtype, best=is_best)
                 csv.write(row(step, val_loss, seconds, tokens, device))
-                progress.step(step.number, live(step, seconds, tokens, device), seconds / step.number * (steps - step.number))
+                progress.step(
+                    step.number, live(step, seconds, tokens, device), seconds / step.number * (steps - step.number)
+                )
     except torch.cuda.OutOfMemoryError as error:
         adapter_bytes = sum(p.numel() * p.element_size() * 4 for p in lora_parameters(decoder))
         raise out_of_memory(
@@ -293,7 +298,9 @@ def adapter_parameters(base: Base, lora: LoRA) -> int:
 
 def adapter_settings(lora: LoRA) -> dict[str, object]:
     """What hyperparameters.yaml says of the adapter: a starting adapter's values, not the flags' defaults."""
-    flags: dict[str, object] = {flag: any(leaf in lora.targets for leaf in leaves) for flag, leaves in FLAG_TARGETS.items()}
+    flags: dict[str, object] = {
+        flag: any(leaf in lora.targets for leaf in leaves) for flag, leaves in FLAG_TARGETS.items()
+    }
     named = {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "lora_rslora": lora.rslora}
     return flags | named
 

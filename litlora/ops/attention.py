@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 from functools import lru_cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ class Ragged:
         """cu_seqlens (S+1,): where each sequence starts, and the stream's end."""
         bounds = cu_seqlens.tolist()
         groups: dict[int, list[tuple[int, int]]] = {}
-        for start, stop in zip(bounds, bounds[1:], strict=False):
+        for start, stop in pairwise(bounds):
             if stop > start:
                 groups.setdefault((stop - start - 1).bit_length(), []).append((start, stop))
         self.gathers: list[Tensor] = []  # (S_g, L_g) token numbers a group; a pad repeats the stream's token 0
@@ -52,9 +54,9 @@ class Ragged:
         outputs = []
         for gather, valid in zip(self.gathers, self.valid, strict=True):
             length = gather.shape[1]
-            padded = [t[gather].transpose(1, 2) for t in (q, k, v)]  # (S_g, heads, L_g, D)
+            qs, ks, vs = (t[gather].transpose(1, 2) for t in (q, k, v))  # (S_g, heads, L_g, D)
             mask = window_mask(length, window, q.device) if window is not None and window < length else None
-            out = F.scaled_dot_product_attention(*padded, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             outputs.append(out.transpose(1, 2).flatten(0, 1).index_select(0, valid))
         return torch.cat(outputs).index_select(0, self.inverse)
 
@@ -81,16 +83,18 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     """Flash attention on the packed stream itself; arguments as `Ragged.attend`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    names, extra = _varlen_parameters(), {}
+    names = _varlen_parameters()
+    extra: dict[str, Any] = {}
     if "window_size" in names:
         left = -1 if window is None else window - 1
         extra["window_size"] = (left, 0)
     else:
-        extra["is_causal"] = True  # type: ignore[assignment]
+        extra["is_causal"] = True
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in names:
-            extra["enable_gqa"] = True  # type: ignore[assignment]
+            extra["enable_gqa"] = True
         else:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    out: Tensor = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)  # type: ignore[arg-type]
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
+    assert isinstance(out, Tensor)  # a tuple only with return_aux
     return out

@@ -43,7 +43,8 @@ def linear_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
     """
     kept = (labels != IGNORED).nonzero().squeeze(1)
     x, labels = x.index_select(0, kept), labels.index_select(0, kept)
-    rows = max(1, LOGITS_BYTES // (4 * head.out_features))  # type: ignore[operator]
+    vocabulary = int(head.out_features)  # type: ignore[arg-type]
+    rows = max(1, LOGITS_BYTES // (4 * vocabulary))
     if len(labels) <= rows:
         return _chunk_loss(head, x, labels)
     # preserve_rng_state keeps a dropout in front of the head's LoRA the same in the recomputation
