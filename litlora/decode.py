@@ -123,7 +123,7 @@ class _Reading:
         self.tokens = tokens.to("cpu", non_blocking=True)  # pinned memory, when it comes from a card
         self.event: torch.cuda.Event | None = None
         if tokens.is_cuda:
-            self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(tokens.device))
 
     def get(self) -> Iterator[tuple[int, int]]:
