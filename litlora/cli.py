@@ -8,6 +8,7 @@ import difflib
 import importlib
 import inspect
 import io
+import json
 import os
 import re
 import sys
@@ -147,21 +148,22 @@ def parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, frozenset[
 
 
 def _join_lists(arguments: list[str], args: type) -> list[str]:
-    """`--x a --x b` for a flag that takes several values becomes jsonargparse's append form `--x+=a --x+=b`."""
+    """`--x a --x b` for a flag that takes several values becomes one JSON list, `--x=["a", "b"]`: that takes any text
+    as it is (spaces, commas, brackets, a leading #)."""
     several = {f.name for f in dataclasses.fields(args) if str(f.type).startswith(("tuple[", "list["))}
     joined: list[str] = []
+    values: dict[str, list[str]] = {}
     position = 0
     while position < len(arguments):
         flag, equals, value = arguments[position].partition("=")
-        if flag.startswith("--") and flag[2:] in several:
-            if not equals and position + 1 < len(arguments):
-                position += 1
-                value = arguments[position]
-            joined.append(f"{flag}+={value}")
+        name = flag[2:] if flag.startswith("--") and flag[2:] in several else None
+        if name is not None and (equals or position + 1 < len(arguments)):
+            position += not equals
+            values.setdefault(name, []).append(value if equals else arguments[position])
         else:
             joined.append(arguments[position])
         position += 1
-    return joined
+    return joined + [f"--{name}={json.dumps(found)}" for name, found in values.items()]
 
 
 def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError:
@@ -169,7 +171,7 @@ def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError
     known = [field.name for field in dataclasses.fields(args)] + ["config", "print_config", "help", "debug"]
     message = re.sub(r"\s+", " ", message).strip()
     for pattern in (
-        r"Unrecognized arguments: -*([\w.+-]+)",
+        r"(?i)unrecognized arguments: -*([\w.+-]+)",
         r"Key '([\w.]+)' is not expected",
         r"[Nn]o action for key \"?'?([\w.]+)",
     ):
