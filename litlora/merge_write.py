@@ -12,14 +12,14 @@ from torch import Tensor
 
 from litlora.checkpoint import INDEX, Shard, atomic_directory, read_json, require_disk, write_json, write_shard
 from litlora.merge import EMBEDDING, HEAD, Merge
+from litlora.peft_format import RECORD
 
 MARGIN = 16_000_000  # bytes of disk on top of the files, for what the file system itself needs
-RECORD = "merge.json"
 CONFIG = "config.json"
 
 # What belongs to a Hugging Face directory besides its weights: texts, configs, tokenizers, a licence without a suffix.
 SUFFIXES = ("", ".json", ".txt", ".model", ".jinja", ".md", ".py", ".tiktoken", ".spm", ".pdf")
-NEVER = ("adapter_config.json", "litlora.json", RECORD)  # an adapter's, and what says how the base itself was merged
+NEVER = ("adapter_config.json", RECORD)  # an adapter's settings, and what made the base
 
 
 def companions(directory: Path) -> list[Path]:
@@ -48,7 +48,7 @@ def merge_directory(
     check: Callable[[Path], object] | None = None,
 ) -> None:
     """Writes the result to `out_dir`, which takes its name only when it is whole and `check` (given the directory under
-    its temporary name) has not raised. `record` becomes merge.json; `advance` is told the bytes written.
+    its temporary name) has not raised. `record` becomes litlora.json; `advance` is told the bytes written.
 
     Raises InputError before anything is written where the disk is too small.
     """

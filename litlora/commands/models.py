@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from litlora.checkpoint import read_json
+from litlora.commands.adapters import parse_weights
 from litlora.commands.common import Base
 from litlora.data import PromptStyle
 from litlora.errors import InputError
@@ -126,23 +127,6 @@ def open_model(args: ModelArgs, *, otherwise: str) -> OpenModel:
     _note_differences(args, base, adapters)
     precision = LoRAPrecision(args.precision or default_precision(device), args.quantize, device)
     return OpenModel(base, adapters, weights, style, precision, args.quantize_head)
-
-
-def parse_weights(text: str | None, count: int) -> tuple[float, ...]:
-    """`0.7,0.3` as numbers, one for each of `count` adapters; 1 each without."""
-    if text is None:
-        return (1.0,) * count
-    try:
-        weights = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise InputError("--weights that are no numbers", got=text, wanted="for example 0.7,0.3") from None
-    if len(weights) != count:
-        raise InputError(
-            "--weights do not fit --lora_path",
-            got=f"{len(weights)} weights, {count} adapters",
-            wanted="one weight for each adapter, in the same order",
-        )
-    return weights
 
 
 def _choose_style(args: ModelArgs, base: Base, adapters: Sequence[Adapter], otherwise: str) -> PromptStyle:
