@@ -83,7 +83,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: object = "config.json") -> ModelConfig:
         family = raw.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise InputError(
                 "this model family is not supported",
                 where=where,
@@ -138,6 +138,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False, None),
     "partial_rotary_factor": (1, 1.0, None),
     "use_mrope": (False, None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
     "use_qk_norm": (False, None),
     "quantization_config": (None,),
     "embedding_multiplier": (1, 1.0, None),
@@ -164,15 +166,16 @@ class _Reader:
 
     def size(self, key: str, default: int | None = None) -> int:
         value: int = self.get(key, default, (int,))
-        if value < 1:
-            raise InputError("a config key out of range", where=f"{self.where}: {key}", got=value, wanted="at least 1")
+        if not 1 <= value < 2**31:
+            wanted = "at least 1, below 2**31"
+            raise InputError("a config key out of range", where=f"{self.where}: {key}", got=value, wanted=wanted)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = float(self.get(key, default, (int, float)))
-        if not (value > 0 and math.isfinite(value)):
+        value = self.get(key, default, (int, float))
+        if not 0 < value < 1e300:  # NaN fails both
             raise InputError("a config key out of range", where=f"{self.where}: {key}", got=value, wanted="above 0")
-        return value
+        return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         return bool(self.get(key, default, (bool,)))
@@ -203,7 +206,15 @@ def _rope(reader: _Reader, default_theta: float = 10000.0) -> Rope:
     new = reader.raw.get("rope_parameters") or {}
     reader.used |= {"rope_scaling", "rope_parameters"}
     if not isinstance(old, dict) or not isinstance(new, dict):
-        raise InputError("rope settings that are no object", where=reader.where, got=repr(old or new))
+        raise InputError("rope settings that are no object", where=reader.where, got=f"{old!r}, {new!r}")
+    kinds = [rope.get("rope_type", rope.get("type", "default")) for rope in (old, new)]
+    if old and new and (kinds[0] != kinds[1] or any(new.get(key, value) != value for key, value in old.items())):
+        raise InputError(
+            "rope_scaling and rope_parameters contradict each other",
+            where=reader.where,
+            got=f"{old!r}, {new!r}",
+            fix="keep one of them: rope_parameters is transformers 5's name for rope_theta and rope_scaling",
+        )
     inner = _Reader({**old, **new}, f"{reader.where}: rope_scaling")
     theta = inner.number("rope_theta", reader.number("rope_theta", default_theta))
     kind = inner.get("rope_type", inner.raw.get("type", "default"), (str,))
@@ -231,7 +242,8 @@ def _common(reader: _Reader, **family: Any) -> ModelConfig:
     """What all families share. `family` overrides or adds fields."""
     hidden, heads = reader.size("hidden_size"), reader.size("num_attention_heads")
     layers = reader.size("num_hidden_layers")
-    kv_heads = reader.size("num_key_value_heads", family.pop("default_kv_heads", heads))
+    default_kv = family.pop("default_kv_heads", heads)  # of an absent key; null means one for each head
+    kv_heads = reader.size("num_key_value_heads", heads if "num_key_value_heads" in reader.raw else default_kv)
     head_dim = reader.size("head_dim", family.pop("default_head_dim", hidden // heads))
     if heads % kv_heads or head_dim % 2:
         raise InputError(
@@ -281,12 +293,13 @@ def _qwen_windows(reader: _Reader) -> tuple[int | None, ...]:
     layers = reader.size("num_hidden_layers")
     slides = reader.flag("use_sliding_window", False) and reader.raw.get("sliding_window", 4096) is not None
     window = reader.size("sliding_window", 4096) if slides else None
-    first = reader.raw.get("max_window_layers", 28)
+    first = reader.get("max_window_layers", 28, (int,))
     types = reader.raw.get("layer_types")
     reader.used.add("layer_types")
     if types is None:
         types = ["sliding_attention" if slides and layer >= first else "full_attention" for layer in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or any(kind not in kinds for kind in types):
         wanted = f"{layers} of full_attention / sliding_attention"
         raise InputError("layer_types not supported", where=reader.where, got=types, wanted=wanted)
     return tuple(window if kind == "sliding_attention" else None for kind in types)

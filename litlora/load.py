@@ -136,4 +136,5 @@ def load_model(
         chosen = quantizer if name != "lm_head" or quantize_head else dense
         # a tied head that stays dense shares the embedding's Parameter, not a copy
         decoder.set_submodule(name, chosen.freeze(weight, bias))
+        del weight, bias  # else they are held while the next are read
     return decoder
