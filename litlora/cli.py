@@ -143,6 +143,7 @@ def parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, frozenset[
     fields = [field.name for field in dataclasses.fields(module.Args)]
     values = {field: getattr(namespace, field) for field in fields}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    values |= _verbatim(arguments, module.Args, values)
     keys = frozenset(key for key in fields if getattr(given, key, None) is not None)
     return module.Args(**values), keys
 
@@ -164,6 +165,17 @@ def _join_lists(arguments: list[str], args: type) -> list[str]:
             joined.append(arguments[position])
         position += 1
     return joined + [f"--{name}={json.dumps(found)}" for name, found in values.items()]
+
+
+def _verbatim(arguments: list[str], args: type, values: dict[str, Any]) -> dict[str, str]:
+    """Texts that YAML takes for nothing, such as `--prompt "### Question"`; only `null` means nothing."""
+    optional = {f.name for f in dataclasses.fields(args) if str(f.type) == "str | None" and values[f.name] is None}
+    found: dict[str, str] = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--") and flag[2:] in optional:
+            found[flag[2:]] = value if equals else following
+    return {name: text for name, text in found.items() if text != "null"}
 
 
 def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError:
