@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ class _Example:
 
     number: int
     ids: list[int]
-    trained: list[tuple[int, int]] = field(default_factory=list)
+    trained: list[tuple[int, int]]
 
 
 def prepare(
@@ -136,21 +136,19 @@ def _tokenize(rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: Toke
     bounds = [list(itertools.accumulate(len(text) for text, _ in item.segments[:-1])) for item in rendered]
     examples: list[_Example] = []
     straddling = 0
+    eos = tokenizer.eos_id
     for row, item, (ids, counts) in zip(rows, rendered, tokenizer.encode_at(texts, bounds), strict=True):
         ends = [count for count in counts if count is not None]
         if len(ends) < len(counts):
             straddling += 1
             ids, ends = _in_parts(item, tokenizer)
         lead = tokenizer.lead(ids)
-        shift = len(lead)
-        tail = [tokenizer.eos_id] if item.add_eos else []
-        example = _Example(row.number, [*lead, *ids, *tail])
-        begin = 0
-        for (_, trained), end in zip(item.segments, [*(end + shift for end in ends), len(example.ids)], strict=True):
-            if trained:
-                example.trained.append((begin, end))
-            begin = end
-        examples.append(example)
+        ids = lead + ids
+        if item.add_eos:
+            ids.append(eos)
+        borders = [0, *(end + len(lead) for end in ends), len(ids)]
+        spans = [(borders[i], borders[i + 1]) for i, (_, trained) in enumerate(item.segments) if trained]
+        examples.append(_Example(row.number, ids, spans))
     return examples, straddling
 
 

@@ -34,13 +34,16 @@ def encode_at(encoder: Encoder, texts: Sequence[str], bounds: Sequence[Sequence[
     ids = encoder.encode_batch(texts)
     counts: list[list[int | None]] = [[None] * len(own) for own in bounds]
     by_tail: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    special = re.compile("|".join(map(re.escape, encoder.hard))) if encoder.hard else None
+    together = "\0".join(texts)
+    hard = [token for token in encoder.hard if token in together]
+    special = re.compile("|".join(map(re.escape, hard))) if hard else None
     for i, (text, own) in enumerate(zip(texts, bounds, strict=True)):
         for j, bound in enumerate(own):
-            by_tail[_tail(text, bound, special, encoder.hard)].append((i, j))
+            by_tail[_tail(text, bound, special, hard)].append((i, j))
     doubtful: list[tuple[int, int]] = []
     for tail, places in by_tail.items():
-        wanted = encoder.encode_continuation(tail) if tail and len(places) >= _WORTH_IT else []
+        plain = len(places) >= _WORTH_IT and (tail in hard or _is_plain(tail))
+        wanted = encoder.encode_continuation(tail) if plain else []
         for i, j in places:
             counts[i][j] = _ids_before(texts[i], bounds[i][j], tail, ids[i], wanted) if wanted else None
             if counts[i][j] is None:
@@ -54,7 +57,7 @@ def encode_at(encoder: Encoder, texts: Sequence[str], bounds: Sequence[Sequence[
 def _tail(text: str, bound: int, special: re.Pattern[str] | None, hard: Iterable[str]) -> str:
     """The end of `text[:bound]` from its last line or special token on; "" where nothing plain is there."""
     window = text[max(0, bound - _LONGEST_TAIL) : bound]
-    if special is not None and window.endswith(">"):
+    if special is not None:
         ending = next((token for token in hard if window.endswith(token)), "")
         if ending:
             return ending
@@ -62,12 +65,14 @@ def _tail(text: str, bound: int, special: re.Pattern[str] | None, hard: Iterable
     cut = window.rfind("\n", 0, latest) + 1
     if special is not None:
         cut = max([cut, *(match.start() for match in special.finditer(window) if match.start() <= latest)])
-    tail = window[cut:] if cut else ""
-    # A word and what ends it: no run of like characters reaches from before the tail to behind it.
-    if not re.search(r"\w\W", tail):
-        return ""
-    # A tail that could overlap itself could be counted in two ways.
-    return "" if any(tail.startswith(tail[k:]) for k in range(1, len(tail))) else tail
+    return window[cut:] if cut else ""
+
+
+def _is_plain(tail: str) -> bool:
+    """A word and what ends it (no run of like characters reaches from before the tail to behind it), and no overlap
+    with itself (which could be counted in two ways)."""
+    overlaps = any(tail.startswith(tail[k:]) for k in range(1, len(tail)))
+    return re.search(r"\w\W", tail) is not None and not overlaps
 
 
 def _ids_before(text: str, bound: int, tail: str, ids: list[int], wanted: list[int]) -> int | None:
