@@ -114,6 +114,7 @@ def make_parser(name: str, module: Any) -> Any:
         prog=f"litlora {name}",
         description=description.split("\n\n")[0],
         epilog="--debug shows the traceback of an error.",
+        usage=f"litlora {name} [--config FILE.yaml] [flags]",
         exit_on_error=False,
         default_env=False,
     )
@@ -185,6 +186,7 @@ def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError
     for pattern in (
         r"(?i)unrecognized arguments: -*([\w.+-]+)",
         r"Key '([\w.]+)' is not expected",
+        r"Option '([\w.]+)' is not accepted",
         r"[Nn]o action for key \"?'?([\w.]+)",
     ):
         found = re.search(pattern, message)
@@ -200,6 +202,10 @@ def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError
         )
     found = re.search(r'Parser key "([\w.]+)": (.*)', message)
     if found:
-        reason = found.group(2).split(" Given value type")[0].split(" Subtypes")[0][:300]
-        return InputError("a flag's value does not fit", where=f"--{found.group(1)}", got=reason, fix="see --help")
+        where, reason = f"--{found.group(1)}", found.group(2)
+        types = re.search(r"Expected an? (.+?)\. Got value: (.*)", reason)
+        if types is None:
+            return InputError("a flag's value does not fit", where=where, got=reason[:300], fix="see --help")
+        wanted = re.sub(r"<class '(\w+)'>", r"\1", types.group(1)).replace("typing.", "")
+        return InputError("a flag's value does not fit", where=where, got=types.group(2)[:100], wanted=wanted)
     return InputError("the command line does not parse", got=message[:400], fix="see --help")

@@ -7,7 +7,7 @@ quantizer, and `load_model` quantizes tensor by tensor.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins.precision import Precision
@@ -54,7 +54,7 @@ def has_bf16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def default_precision(device: torch.device) -> str:
+def default_precision(device: torch.device) -> Literal["bf16-true", "32-true"]:
     return "bf16-true" if device.type == "cuda" and has_bf16(device) else "32-true"
 
 

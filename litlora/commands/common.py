@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from litlora.config import ModelConfig
-from litlora.data import STYLES, Conversation, Dataset, Instruction, PromptStyle, load_rows, prepare, split
+from litlora.data import STYLES, Conversation, Dataset, Instruction, PromptStyle, Row, load_rows, prepare, split
 from litlora.errors import InputError
 from litlora.load import Directory
 from litlora.metrics import say
@@ -63,35 +64,77 @@ class TrainingData:
         return micro_batches(self.validation_dataset, self.validation, max_tokens=max_tokens, max_rows=None)
 
 
-def load_data(args: Any, base: Base) -> TrainingData:
-    """Rows, split and ids by the data flags of finetune_lora and validate. Raises InputError for bad data."""
-    rows = load_rows(args.data, args.data_path, args.multiturn)
+class DataArgs(Protocol):
+    """The data flags that finetune_lora and validate share."""
+
+    @property
+    def data(self) -> str: ...
+    @property
+    def data_path(self) -> Path | None: ...
+    @property
+    def val_path(self) -> Path | None: ...
+    @property
+    def val_split(self) -> float | None: ...
+    @property
+    def multiturn(self) -> bool: ...
+    @property
+    def mask_prompt(self) -> bool: ...
+    @property
+    def max_seq_length(self) -> int | None: ...
+    @property
+    def on_overlong(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def default_style(rows: Sequence[Row], tokenizer: Tokenizer) -> PromptStyle:
+    """alpaca, and the model's own template for messages and conversations."""
     own_template = any(isinstance(row, Conversation) and row.own_template for row in rows)
-    style = PromptStyle.load(args.prompt_style or ("chat" if own_template else "alpaca"), base.tokenizer)
+    return PromptStyle.load("chat" if own_template else "alpaca", tokenizer)
+
+
+def tokenize(args: DataArgs, rows: Sequence[Row], base: Base, style: PromptStyle, what: str) -> Dataset:
+    """Rows to ids by the data flags; says what became of them. Raises InputError for bad data."""
     limit = base.config.max_position_embeddings
     length = min(limit, args.max_seq_length or limit)
     if (args.max_seq_length or 0) > limit:
         say(f"note: --max_seq_length {args.max_seq_length} is cut to the model's context of {limit}")
-    options = {"mask_prompt": args.mask_prompt, "max_seq_length": length, "on_overlong": args.on_overlong}
-    dataset = prepare(rows, base.tokenizer, style, **options)
-    report_counts(dataset, "data", length, args.on_overlong)
+    dataset = prepare(
+        rows,
+        base.tokenizer,
+        style,
+        mask_prompt=args.mask_prompt,
+        max_seq_length=length,
+        on_overlong=args.on_overlong,
+    )
+    report_counts(dataset, what, length, args.on_overlong)
+    return dataset
+
+
+def load_data(args: DataArgs, base: Base, prompt_style: str | None) -> TrainingData:
+    """Rows, split and ids by the data flags. Raises InputError for bad data."""
+    rows = load_rows(args.data, args.data_path, args.multiturn)
+    style = PromptStyle.load(prompt_style, base.tokenizer) if prompt_style else default_style(rows, base.tokenizer)
+    dataset = tokenize(args, rows, base, style, "data")
     if args.val_path is not None:
         val_rows = load_rows(args.data, args.val_path, args.multiturn)
-        val_dataset = prepare(val_rows, base.tokenizer, style, **options)
-        report_counts(val_dataset, "validation data", length, args.on_overlong)
+        val_dataset = tokenize(args, val_rows, base, style, "validation data")
         train, validation = list(range(len(dataset))), list(range(len(val_dataset)))
     else:
-        val_dataset = dataset
-        _, held_out = split(len(rows), args.val_split, args.seed)
-        val_rows = [rows[i] for i in held_out]
+        val_rows, val_dataset = held_out(rows, args), dataset
         numbers = {row.number for row in val_rows}
         train = [i for i in range(len(dataset)) if int(dataset.rows[i]) not in numbers]
         validation = [i for i in range(len(dataset)) if int(dataset.rows[i]) in numbers]
-    if not len(train):
+    if not train:
         raise InputError("no row is left to train on", where=args.data_path, fix="more rows, or a smaller --val_split")
     first = val_rows[0] if val_rows else None
     sample = (first.instruction, first.input) if isinstance(first, Instruction) else None
     return TrainingData(dataset, train, val_dataset, validation, style, sample)
+
+
+def held_out(rows: Sequence[Row], args: DataArgs) -> list[Row]:
+    """The rows that a run with these flags validates on."""
+    return [rows[i] for i in split(len(rows), args.val_split, args.seed)[1]]
 
 
 def report_counts(dataset: Dataset, what: str, length: int, on_overlong: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -19,7 +20,7 @@ from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules, lora_parameter
 from litlora.memory import MicroBatch, choose_micro_batch, out_of_memory
 from litlora.metrics import Progress, duration, peak_memory, reset_peak_memory, say
 from litlora.model import CausalLoss, Decoder
-from litlora.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, make_schedule
+from litlora.optimizers import make_optimizer, make_schedule
 from litlora.packing import Batch, micro_batches, step_plan
 from litlora.peft_format import Adapter, Record, load_factors, targets_of
 from litlora.precision import LoRAPrecision, default_precision, pick_device
@@ -34,7 +35,7 @@ class Args:
     Args:
         checkpoint_dir: the base model's Hugging Face directory
         out_dir: where the adapter goes (the last one in last/), metrics.csv, summary.json, hyperparameters.yaml
-        data: alpaca, lima, dolly, json (instruction columns, messages or conversations) or text
+        data: the kind of data; json has instruction columns, messages or conversations, text is plain text
         data_path: the data file; alpaca, lima and dolly are fetched from the hub without it
         val_path: validation data of the same kind, instead of a split
         val_split: validation rows as a count or a share, 0 for none; 2000, or 5 % where there are fewer than 20000 rows
@@ -42,25 +43,25 @@ class Args:
         prompt_style: alpaca, chat (the model's own template), none, or a template file
         mask_prompt: train on the response only
         max_seq_length: tokens a row may have; the model's context without it
-        on_overlong: truncate, drop or error
+        on_overlong: what to do with rows that are longer
         shuffle: false keeps the file's order, in every epoch
-        precision: bf16-true, bf16-mixed or 32-true; bf16-true on a GPU that has it, else 32-true
-        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4 or bnb.fp4-dq for QLoRA
+        precision: of weights and products; bf16-true on a GPU that has it, else 32-true
+        quantize: QLoRA: the format of the frozen weights
         quantize_head: also quantize lm_head
-        accelerator: auto, cpu or cuda
+        accelerator: auto takes the GPU where there is one
         devices: how many; 1 for now
         learning_rate: peak of the schedule
         batch_size: examples per optimizer step
         micro_batch_tokens: tokens per micro-batch; as many as the free memory holds without it
         micro_batch_size: examples per micro-batch, instead of micro_batch_tokens
-        activation_checkpointing: auto, none or full (recompute each block in the backward pass)
+        activation_checkpointing: full recomputes each block in the backward pass; auto does where a row needs it
         epochs: passes over the data
         max_steps: optimizer steps at most
         weight_decay: AdamW's or SGD's, on all adapter weights
         warmup_steps: optimizer steps in which the rate rises from 0
         max_norm: clip gradients to this norm; no clipping without it
-        optimizer: adamw, sgd or adamw_8bit
-        lr_schedule: constant, linear or cosine (half a cycle)
+        optimizer: adamw_8bit holds its state in 8 bit
+        lr_schedule: after the warm-up; cosine is half a cycle
         lora_r: rank
         lora_alpha: the update is scaled by alpha / r
         lora_dropout: on the adapter's input
@@ -71,8 +72,8 @@ class Args:
         lora_mlp: adapt gate_proj, up_proj and down_proj
         lora_head: adapt lm_head
         lora_rslora: scale by alpha / sqrt(r)
-        lora_dtype: float32 or bfloat16, of the adapter while it trains
-        save_dtype: float32, bfloat16 or float16, of the adapter's file; lora_dtype without it
+        lora_dtype: of the adapter while it trains
+        save_dtype: of the adapter's file; lora_dtype without it
         lora_path: start from this adapter, ours or PEFT's; its r, alpha and targets hold
         eval_interval: optimizer steps between validations
         log_interval: optimizer steps between plain progress lines, off a terminal
@@ -84,7 +85,7 @@ class Args:
 
     checkpoint_dir: Path
     out_dir: Path = Path("out/finetune_lora")
-    data: str = "alpaca"
+    data: Literal["alpaca", "lima", "dolly", "json", "text"] = "alpaca"
     data_path: Path | None = None
     val_path: Path | None = None
     val_split: float | None = None
@@ -92,25 +93,25 @@ class Args:
     prompt_style: str | None = None
     mask_prompt: bool = False
     max_seq_length: int | None = None
-    on_overlong: str = "truncate"
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     shuffle: bool = True
-    precision: str | None = None
-    quantize: str | None = None
+    precision: Literal["bf16-true", "bf16-mixed", "32-true"] | None = None
+    quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"] | None = None
     quantize_head: bool = False
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1
     learning_rate: float = 3e-4
     batch_size: int = 128
     micro_batch_tokens: int | None = None
     micro_batch_size: int | None = None
-    activation_checkpointing: str = "auto"
+    activation_checkpointing: Literal["auto", "none", "full"] = "auto"
     epochs: int = 1
     max_steps: int | None = None
     weight_decay: float = 0.01
     warmup_steps: int = 100
     max_norm: float | None = None
-    optimizer: str = "adamw"
-    lr_schedule: str = "constant"
+    optimizer: Literal["adamw", "sgd", "adamw_8bit"] = "adamw"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lora_r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.05
@@ -121,8 +122,8 @@ class Args:
     lora_mlp: bool = False
     lora_head: bool = False
     lora_rslora: bool = False
-    lora_dtype: str = "float32"
-    save_dtype: str | None = None
+    lora_dtype: Literal["float32", "bfloat16"] = "float32"
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     lora_path: Path | None = None
     eval_interval: int = 100
     log_interval: int = 10
@@ -141,7 +142,7 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     check_flags(args)
     files = RunFiles(args.out_dir)
     device = pick_device(args.accelerator)
-    args = replace(args, precision=args.precision or default_precision(device))
+    args = args if args.precision else replace(args, precision=default_precision(device))
     base = Base.open(args.checkpoint_dir, weights=not args.dry_run)
     checkpoint = base.weights.checkpoint if base.weights else None
     start = Adapter.open(args.lora_path, base.config, checkpoint) if args.lora_path else None
@@ -149,7 +150,7 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     if not args.dry_run:
         files.check(args.overwrite)
     plugin = LoRAPrecision(str(args.precision), args.quantize, device)
-    data = load_data(args, base)
+    data = load_data(args, base, args.prompt_style)
     steps = count_steps(args, len(data.train))
     announce(args, base, data, lora, steps)
     if args.dry_run:
@@ -254,12 +255,6 @@ def check_flags(args: Args) -> None:
     _require("learning_rate", args.learning_rate, args.learning_rate > 0, "above 0")
     _require("max_norm", args.max_norm, args.max_norm is None or args.max_norm > 0, "above 0")
     _require("devices", args.devices, args.devices == 1, "1: several GPUs are not supported yet")
-    _require("optimizer", args.optimizer, args.optimizer in OPTIMIZERS, ", ".join(OPTIMIZERS))
-    _require("lr_schedule", args.lr_schedule, args.lr_schedule in SCHEDULES, ", ".join(SCHEDULES))
-    _require("lora_dtype", args.lora_dtype, args.lora_dtype in ("float32", "bfloat16"), "float32 or bfloat16")
-    _require("save_dtype", args.save_dtype, args.save_dtype in (None, *DTYPES), ", ".join(DTYPES))
-    known = args.activation_checkpointing in ("auto", "none", "full")
-    _require("activation_checkpointing", args.activation_checkpointing, known, "auto, none or full")
     if args.micro_batch_tokens is not None and args.micro_batch_size is not None:
         raise InputError("two sizes of a micro-batch", got="--micro_batch_tokens and --micro_batch_size", wanted="one")
 

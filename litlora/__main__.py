@@ -1,0 +1,5 @@
+"""python -m litlora"""
+
+from litlora.cli import main
+
+main()
