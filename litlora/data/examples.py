@@ -61,7 +61,7 @@ def prepare(
     sequences of max_seq_length that overlap by one token, so that every token is a label once.
 
     Args:
-        mask_prompt: train on responses only (False: on prompts too).
+        mask_prompt: train on responses only (False: on prompts too; conversations on assistant turns only, always).
         max_seq_length: in tokens, special ones included.
         on_overlong: truncate (such rows end without eos), drop, or error.
         cache_dir: None is `default_cache_dir()`.
@@ -90,7 +90,7 @@ def _key(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, options:
 
 def _build(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, options: _Options) -> Dataset:
     rendered = [_render(row, style) for row in rows]
-    found, straddling = _tokenize(rows, rendered, tokenizer)
+    found, straddling = _tokenize(rows, rendered, tokenizer, options.mask_prompt)
     fitted: list[_Example] = []
     longest = truncated = dropped = 0
     for example, text in zip(found, rendered, strict=True):
@@ -130,7 +130,9 @@ def _render(row: Row, style: PromptStyle) -> Rendered:
         raise InputError(f"row {row.number} cannot be rendered: {error}") from error
 
 
-def _tokenize(rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: Tokenizer) -> tuple[list[_Example], int]:
+def _tokenize(
+    rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: Tokenizer, mask_prompt: bool
+) -> tuple[list[_Example], int]:
     """Ids and label spans of each row with its special tokens; how many rows had to be tokenized in parts."""
     texts = ["".join(text for text, _ in item.segments) for item in rendered]
     bounds = [list(itertools.accumulate(len(text) for text, _ in item.segments[:-1])) for item in rendered]
@@ -148,7 +150,8 @@ def _tokenize(rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: Toke
             ids.append(eos)
         borders = [0, *(end + len(lead) for end in ends), len(ids)]
         spans = [(borders[i], borders[i + 1]) for i, (_, trained) in enumerate(item.segments) if trained]
-        examples.append(_Example(row.number, ids, spans))
+        masked = mask_prompt or item.masked
+        examples.append(_Example(row.number, ids, spans if masked else [(0, len(ids))]))
     return examples, straddling
 
 
@@ -176,11 +179,10 @@ def _flatten(examples: Sequence[_Example], counts: Counts, options: _Options) ->
     total = int(offsets[-1])
     every_id = itertools.chain.from_iterable(example.ids for example in examples)
     ids = np.fromiter(every_id, dtype=np.int32, count=total)
-    trained = np.full(total, not options.mask_prompt)
-    if options.mask_prompt:
-        for start, length, example in zip(offsets.tolist(), lengths, examples, strict=False):
-            for begin, end in example.trained:
-                trained[start + min(begin, length) : start + min(end, length)] = True
+    trained = np.zeros(total, dtype=np.bool_)
+    for start, length, example in zip(offsets.tolist(), lengths, examples, strict=False):
+        for begin, end in example.trained:
+            trained[start + min(begin, length) : start + min(end, length)] = True
     trained[offsets[:-1]] = False  # nothing predicts a first token
     labels = np.add.reduceat(trained, offsets[:-1], dtype=np.int64)
     if not labels.any():

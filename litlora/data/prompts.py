@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -45,11 +45,13 @@ STYLES = (*_BUILT_IN, "chat")
 class Rendered:
     """A row as text: segments in order, each trained or not; `add_eos`: the eos id follows the last segment.
 
+    `masked`: only trained segments are labels, whatever --mask_prompt says (conversations).
     `chunked`: what exceeds the longest sequence goes on in a next one (raw text), and is not cut off.
     """
 
     segments: tuple[tuple[str, bool], ...]
     add_eos: bool
+    masked: bool = False
     chunked: bool = False
 
 
@@ -118,7 +120,7 @@ class PromptStyle:
             return Rendered(((row.text, True),), add_eos=True, chunked=True)
         if isinstance(row, Conversation):
             if row.own_template or self._fill is None:
-                return self._with_template(row.messages)
+                return replace(self._with_template(row.messages), masked=row.own_template)
             # The last eos comes as an id, as after every other response.
             *turns, (last, _) = self._turns(row.messages)
             return Rendered((*turns, (last.removesuffix(self._eos_text), True)), add_eos=True)

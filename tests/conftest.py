@@ -1,0 +1,40 @@
+"""Fixtures for every test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Tests leave the user's own cache alone.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@pytest.fixture
+def material() -> Callable[[str], Path]:
+    """`material("alpaca/alpaca_5000.json")`: a path of the real material, or the test is skipped."""
+    root = Path(os.environ.get("LITLORA_MATERIAL") or Path(__file__).parents[2] / "shared" / "material")
+
+    def find(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            pytest.skip(f"real material is absent: {name} (looked in $LITLORA_MATERIAL or ../shared/material)")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def smollm2() -> Path:
+    """SmolLM2-135M's directory, from $LITLORA_SMOLLM2, or the test is skipped."""
+    directory = os.environ.get("LITLORA_SMOLLM2")
+    if not directory or not Path(directory).is_dir():
+        pytest.skip("SmolLM2-135M is absent: set LITLORA_SMOLLM2 to its directory")
+    return Path(directory)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LITLORA_CACHE", str(tmp_path_factory.getbasetemp() / "litlora-cache"))
