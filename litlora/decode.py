@@ -85,7 +85,7 @@ def check_prompts(
 
 def _run(rows: _Rows, stop_ids: frozenset[int], ended: Collection[int]) -> Iterator[tuple[int, int]]:
     model, training = rows.model, rows.model.training
-    late = rows.device.type == "cuda"
+    late = _reads_late(rows.device)
     model.eval()
     try:
         over: set[int] = set()
@@ -105,6 +105,11 @@ def _run(rows: _Rows, stop_ids: frozenset[int], ended: Collection[int]) -> Itera
                 unread.append(rows.step())
     finally:
         model.train(training)
+
+
+def _reads_late(device: torch.device) -> bool:
+    """Whether the next step is launched before the last one's tokens are read: where the device works by itself."""
+    return device.type == "cuda"
 
 
 def _not_finite(row: int) -> InputError:
