@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +131,29 @@ def as_transformers_4(directory: Path) -> Path:
     return directory
 
 
-def make_peft_adapter(base: Path, directory: Path, *, seed: int = 0, spread: float = 0.1, **settings: Any) -> Path:
-    """A random adapter (A and B both far from zero) that PEFT saves for `base`; `settings` are LoraConfig's."""
-    import warnings
-
+def make_peft_adapter(directory: Path, base: Path, *, seed: int = 0, **settings: Any) -> Any:
+    """A PEFT adapter with random A and B over `base`, saved by PEFT in `directory`; returns the PEFT model.
+    `settings` are those of peft.LoraConfig."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of a head that is tied
-        model = get_peft_model(reference(base), LoraConfig(**settings))
+        warnings.simplefilter("ignore")  # PEFT warns of targets on tied embeddings
+        settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj"], **settings}
+        model = get_peft_model(reference(base), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+        generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.normal_(std=spread)
+                if "lora_A" in name or "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         model.save_pretrained(directory)
-    return directory
+    return model
+
+
+def open_in_peft(directory: Path, base: Path) -> Any:
+    """The adapter of `directory` over transformers' model of `base`. A key that PEFT misses or does not know fails."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message=".*(missing|unexpected).*keys.*")
+        return PeftModel.from_pretrained(reference(base), directory).eval()
