@@ -1,7 +1,7 @@
 """How long 52,000 Alpaca-like rows take from the file to ids and masks, and from the cache.
 
 The 5,000 real rows of the material are repeated with small edits (the row's number in the question), so that no two
-are alike. Usage: python benchmarks/tokenize.py MATERIAL_DIR [--tokenizer DIR …]
+are alike. Usage: python benchmarks/tokenizing.py MATERIAL_DIR [--tokenizer DIR …]
 """
 
 from __future__ import annotations
