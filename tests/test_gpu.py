@@ -1,0 +1,141 @@
+"""What needs the card: the same numbers there as on the CPU, and whole runs. Run with: scripts/test.sh -m gpu"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from litlora.cli import call
+from litlora.config import ModelConfig, Rope
+from litlora.frozen import FOUR_BIT, Dense, make_quantizer
+from litlora.load import RandomWeights, load_model
+from litlora.lora import LoRA, adapt, lora_modules
+from litlora.model import CausalLoss
+from litlora.ops.attention import Ragged, can_varlen, varlen
+from litlora.packing import Batch
+from litlora.sequences import Packed
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+ROOT = Path(__file__).parents[1]
+SHAPE = ModelConfig(
+    model_type="llama", vocab_size=300, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=512, rms_norm_eps=1e-5,
+    rope=Rope(10000.0), sliding_windows=(None, None),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOUR_BIT)
+def test_quantized_bytes_are_those_of_the_cpu(name: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(256, 192, dtype=torch.bfloat16)
+    sides = []
+    for device in ("cpu", "cuda"):
+        quantizer = make_quantizer(name, torch.float32, torch.device(device))
+        sides.append(quantizer.freeze(weight.to(device), None))
+    on_cpu, on_gpu = sides
+    same = (on_cpu.weight == on_gpu.weight.cpu()).float().mean()
+    assert same > 0.999  # a value on the edge between two codes may fall either way
+    error = (on_cpu.dense_weight() - on_gpu.dense_weight().cpu()).abs().max()
+    assert error <= 0.3 * weight.float().abs().max()
+    torch.testing.assert_close(on_cpu.absmax.float(), on_gpu.absmax.cpu().float(), rtol=1e-5, atol=1.01)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("kv_heads", [8, 2])
+def test_varlen_attention_is_the_reference(window: int | None, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    lengths = [100, 1, 37, 64, 250]
+    packed = Packed.of_lengths(lengths, "cuda")
+    q, k, v = (torch.randn(sum(lengths), h, 64, device="cuda", requires_grad=True) for h in (8, kv_heads, kv_heads))
+    gradient = torch.randn(sum(lengths), 8, 64, device="cuda")
+    expected = Ragged(packed.cu_seqlens).attend(q, k, v, window)
+    expected_gradients = torch.autograd.grad(expected, (q, k, v), gradient)
+    q16, k16, v16 = (t.detach().bfloat16().requires_grad_() for t in (q, k, v))
+    if not can_varlen(q16, window):
+        pytest.skip("this torch has no variable-length attention with a window")
+    got = varlen(q16, k16, v16, packed.cu_seqlens, packed.max_seqlen, window)
+    plain = Ragged(packed.cu_seqlens).attend(q16, k16, v16, window)
+    gradients = torch.autograd.grad(got, (q16, k16, v16), gradient.bfloat16())
+    plain_gradients = torch.autograd.grad(plain, (q16, k16, v16), gradient.bfloat16())
+    for ours, torchs, truth in zip(
+        (got, *gradients), (plain, *plain_gradients), (expected, *expected_gradients), strict=True
+    ):
+        error, allowed = (ours.float() - truth).norm(), (torchs.float() - truth).norm()
+        assert error <= 1.2 * allowed + 1e-3 * truth.norm()
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    lengths = [40, 3, 25, 60]
+    ids = torch.randint(0, 300, (sum(lengths),), generator=generator)
+    labels = torch.cat([torch.cat([part[1:], torch.tensor([-100])]) for part in ids.split(lengths)])
+    packed = Packed.of_lengths(lengths)
+    count = int((labels != -100).sum())
+    return Batch(ids, labels, packed.positions, packed.cu_seqlens, packed.max_seqlen, count, (0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4", "bnb.fp4-dq"])
+def test_loss_and_gradients_are_those_of_the_cpu(quantize: str | None) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        quantizer = make_quantizer(quantize, torch.float32, torch.device(device))
+        model = load_model(RandomWeights(SHAPE, torch.float32), quantizer, dtype=torch.float32, device=device)
+        adapt(model, LoRA(dropout=0.0, targets=("q_proj", "down_proj", "lm_head")))
+        with torch.no_grad():
+            for module in lora_modules(model).values():
+                module.lora_B.weight.copy_(torch.randn(module.lora_B.weight.shape) * 0.05)
+        loss = CausalLoss(model)(batch().to(device))
+        loss.backward()
+        gradients = [p.grad.cpu() for p in model.parameters() if p.grad is not None]
+        results.append((loss.detach().cpu(), gradients))
+    (cpu_loss, cpu_gradients), (gpu_loss, gpu_gradients) = results
+    torch.testing.assert_close(cpu_loss, gpu_loss, rtol=1e-3, atol=0)
+    for ours, theirs in zip(gpu_gradients, cpu_gradients, strict=True):
+        assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+def test_bf16_weights_are_freed_tensor_by_tensor() -> None:
+    """The load's peak is the model plus little more than one tensor."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_model(RandomWeights(SHAPE), Dense(torch.bfloat16), dtype=torch.bfloat16, device="cuda")
+    held = sum({p.data_ptr(): p.numel() * p.element_size() for p in model.parameters()}.values())
+    assert torch.cuda.max_memory_allocated() - before < held + 2 * 300 * 128 * 4 + 2**20
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"quantize": "bnb.nf4"}, {"quantize": "bnb.fp4-dq", "optimizer": "adamw_8bit"}, {"precision": "bf16-mixed"}],
+    ids=str,
+)
+def test_a_whole_run(flags: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, data = ROOT / "checkpoints" / "tiny", ROOT / "data" / "tiny_train.json"
+    settings = {
+        "checkpoint_dir": base, "data_path": data, "out_dir": tmp_path / "run", "max_steps": 40, "batch_size": 32,
+        "learning_rate": 2e-3, "warmup_steps": 0, "eval_interval": 20, "mask_prompt": "true", "lora_mlp": "true",
+        "lora_projection": "true", **flags,
+    }  # fmt: skip
+    words = [word for flag, value in settings.items() for word in (f"--{flag}", str(value))]
+    assert call(["finetune_lora", *words]) == 0
+    capsys.readouterr()
+    with (tmp_path / "run" / "metrics.csv").open() as stream:
+        losses = [float(row["loss"]) for row in csv.DictReader(stream)]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    model = ["--checkpoint_dir", str(base), "--lora_path", str(tmp_path / "run")]
+    model += ["--quantize", flags["quantize"]] if "quantize" in flags else []
+    line = ["validate", *model, "--data_path", str(data), "--mask_prompt", "true"]
+    assert call([*line, *(["--precision", flags["precision"]] if "precision" in flags else [])]) == 0
+    val_loss = json.loads(capsys.readouterr().out)["val_loss"]
+    assert val_loss == pytest.approx(
+        json.loads((tmp_path / "run" / "summary.json").read_text())["best_val_loss"], rel=1e-4
+    )
+    line = ["generate", *model, "--prompt", "What is 59 minus 38?", "--temperature", "0", "--max_new_tokens", "8"]
+    assert call(line) == 0
+    assert capsys.readouterr().out.strip()
