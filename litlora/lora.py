@@ -126,7 +126,10 @@ def adapt(model: nn.Module, lora: LoRA, dtype: torch.dtype = torch.float32) -> l
 
 def wrap(model: nn.Module, name: str, r: int, scale: float, dropout: float, dtype: torch.dtype) -> LoRALinear:
     """Puts a fresh LoRALinear over one linear of the model."""
-    adapted = LoRALinear(model.get_submodule(name), r, scale, dropout, dtype)
+    base_layer = model.get_submodule(name)
+    adapted = LoRALinear(base_layer, r, scale, dropout, dtype).train(
+        base_layer.training
+    )  # no dropout in a model in use
     model.set_submodule(name, adapted)
     return adapted
 

@@ -7,7 +7,7 @@ write and we cannot compute is refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -143,24 +143,22 @@ def _read_record(directory: Path) -> Record | None:
 
 def _lora(raw: Mapping[str, Any], config: ModelConfig, where: Path) -> LoRA:
     """The adapter's settings, its targets resolved to leaf names where that says it all, else to full names."""
+    problems = [f"{key} = {raw.get(key)!r}" for key, fits in WELL_FORMED.items() if not fits(raw.get(key))]
+    if problems:
+        raise InputError("adapter settings of the wrong kind", where=where, got="; ".join(problems))
     try:
         lora = LoRA(
-            r=_whole(raw["r"]),
+            r=raw["r"],
             alpha=float(raw["lora_alpha"]),
             dropout=float(raw.get("lora_dropout") or 0.0),
             targets=("unresolved",),
-            rank_pattern={str(k): _whole(v) for k, v in (raw.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern={key: float(value) for key, value in (raw.get("alpha_pattern") or {}).items()},
             rslora=bool(raw.get("use_rslora")),
         )
-        for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
-            re.compile(pattern)
         modules = targeted_modules(raw, linear_names(config))
     except InputError as error:
         raise InputError(f"{error}\n  file:   {where}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        got = f"{type(error).__name__}: {error}"
-        raise InputError("an adapter config that does not parse", where=where, got=got) from None
     if not modules:
         got = f"target_modules {raw.get('target_modules')!r}"
         raise InputError("the adapter's targets match nothing in this model", where=where, got=got)
@@ -170,10 +168,45 @@ def _lora(raw: Mapping[str, Any], config: ModelConfig, where: Path) -> LoRA:
     return by_leaf if complete else replace(lora, targets=tuple(modules))
 
 
-def _whole(value: Any) -> int:
-    if type(value) is not int:
-        raise InputError("a rank that is no whole number", got=repr(value))
-    return value
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _is_expression(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def _are_names(value: Any) -> bool:
+    return value is None or _is_expression(value) or _is_list(value, lambda name: isinstance(name, str))
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(fits, value))
+
+
+def _is_table(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return value is None or (isinstance(value, dict) and all(_is_expression(k) and fits(v) for k, v in value.items()))
+
+
+WELL_FORMED: dict[str, Callable[[Any], bool]] = {
+    "r": _is_whole,
+    "lora_alpha": _is_number,
+    "lora_dropout": lambda value: value is None or _is_number(value),
+    "target_modules": _are_names,
+    "exclude_modules": _are_names,
+    "rank_pattern": lambda value: _is_table(value, _is_whole),
+    "alpha_pattern": lambda value: _is_table(value, _is_number),
+    "use_rslora": lambda value: value is None or isinstance(value, bool),
+    "layers_to_transform": lambda value: value is None or _is_whole(value) or _is_list(value, _is_whole),
+    "layers_pattern": lambda value: value is None or _is_expression(value) or _is_list(value, _is_expression),
+}
 
 
 def linear_names(config: ModelConfig) -> list[str]:
@@ -195,7 +228,7 @@ def targeted_modules(raw: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     layer_names = [layer_names] if isinstance(layer_names, str) else layer_names
 
     def in_layers(name: str) -> bool:
-        if not layers or isinstance(targets, str):
+        if not layers or isinstance(targets, str) or name in (targets or ()):  # a full name holds in any layer
             return True
         found = [m for pattern in layer_names if (m := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name))]
         return bool(found) and int(found[0].group(1)) in layers

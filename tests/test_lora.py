@@ -155,6 +155,13 @@ def test_dropout_is_inverted_and_on_the_adapters_path_only() -> None:
     torch.testing.assert_close(lora.eval()(x), linear(x) + 2 * x)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_put_over_a_model_in_eval_mode_drops_nothing(training: bool) -> None:
+    model = base().train(training)
+    adapt(model, LoRA(dropout=0.5))
+    assert all(module.training == training for module in lora_modules(model).values())
+
+
 def test_a_is_kaiming_uniform_and_b_zero() -> None:
     torch.manual_seed(0)
     lora = LoRALinear(Dense(torch.float32).freeze(torch.zeros(8, 4096), None), 64, 1.0, 0.0, torch.float32)
