@@ -9,10 +9,10 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizers import CHATML, json_tokenizer, sentencepiece_tokenizer
 
 from litlora.errors import InputError
 from litlora.tokenizer import Tokenizer
-from tests.tiny_tokenizers import CHATML, json_tokenizer, sentencepiece_tokenizer
 
 TEXTS = [
     "Hello world",
@@ -212,7 +212,8 @@ def test_endless_garbage_is_not_held_for_ever(both: list[Tokenizer]) -> None:
 TEMPLATES = [
     CHATML,
     "{{ bos_token }}{% for m in messages %}{% if loop.index0 > 3 %}{% break %}{% endif %}\n"
-    "    {% if m.role == 'user' %}\n[INST] {{ m.content | trim }} [/INST]\n{% else %} {{ m.content }}{{ eos_token }}{% endif %}\n"
+    "    {% if m.role == 'user' %}\n[INST] {{ m.content | trim }} [/INST]\n{% else %} {{ m.content }}{{ eos_token }}"
+    "{% endif %}\n"
     "{% endfor %}",
     "{% for m in messages %}{{ {'a': m.content, 'b': '<&>é'} | tojson }}{% generation %}{{ m.role }}{% endgeneration %}"
     "{% endfor %}{{ strftime_now('%Y') }}{{ tools is none }}{{ unk_token }}",

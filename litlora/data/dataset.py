@@ -92,7 +92,8 @@ def save(dataset: Dataset, path: Path) -> None:
 def load(path: Path) -> Dataset | None:
     """What `save` wrote; None where there is nothing, or something else. The format's checksums find damage."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a damaged file open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             counts = Counts(**json.loads(file["counts"].tobytes()))
             dataset = Dataset(file["ids"], file["trained"], file["offsets"], file["rows"], counts)
     except FileNotFoundError:

@@ -43,9 +43,7 @@ def _to_json(
 
 def environment(**options: Any) -> ImmutableSandboxedEnvironment:
     """A sandbox for templates that others wrote."""
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols], **options
-    )
+    made = ImmutableSandboxedEnvironment(extensions=[_Generation, loopcontrols], **options)
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _raise_exception
     made.globals["strftime_now"] = _strftime_now
@@ -60,7 +58,7 @@ class ChatTemplate:
         self._tokens = dict(tokens)
         self._where = where
         try:
-            self._template = environment().from_string(source)
+            self._template = environment(trim_blocks=True, lstrip_blocks=True).from_string(source)
         except jinja2.TemplateError as error:
             raise InputError("the chat template is not valid jinja2", where=where, got=error) from error
 
