@@ -116,6 +116,7 @@ def make_parser(name: str, module: Any) -> Any:
         epilog="--debug shows the traceback of an error.",
         usage=f"litlora {name} [--config FILE.yaml] [flags]",
         exit_on_error=False,
+        allow_abbrev=False,
         default_env=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file of these flags; flags given beside it win")
