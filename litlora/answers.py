@@ -38,8 +38,6 @@ def answers(
     Neither stop tokens nor stop strings, nor what comes after them, are part of the text. `streams` and errors: see
     `litlora.decode.generate`.
     """
-    if not all(stop):
-        raise InputError("an empty stop string", where="--stop", wanted="at least one character")
     limits = room(model, prompts, max_new_tokens)
     stop_ids = {*tokenizer.stop_ids, *_special_stops(tokenizer, stop)}
     rows = [_Row(tokenizer, prompt, stop) for prompt in prompts]
@@ -93,6 +91,9 @@ class StopStrings:
     """Lets text through up to the first stop string, wherever the pieces it comes in are cut."""
 
     def __init__(self, stops: Sequence[str]) -> None:
+        """Raises InputError for an empty one."""
+        if not all(stops):
+            raise InputError("an empty stop string", where="--stop", wanted="at least one character")
         self._stops, self._held, self.found = stops, "", False
 
     def push(self, text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,15 @@ STORY = (
 
 def load(path: Path, quantizer: Any = FP32) -> Decoder:
     return load_model(Directory.open(path), quantizer, dtype=torch.float32, device="cpu").eval()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are faster on one, and slow when threads wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -387,4 +396,4 @@ def test_smollm2_perplexity_is_transformers(smollm2: Path) -> None:
         theirs = F.cross_entropy(reference(smollm2)(ids[None]).logits[0, :-1], ids[1:]).exp()
     print(f"perplexity {ours:.4f}, transformers {theirs:.4f}")
     assert abs(ours - theirs) / theirs < 1e-3
-    assert 2 < ours < 40
+    assert 2 < ours < 100

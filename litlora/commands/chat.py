@@ -34,9 +34,7 @@ class Args(ModelArgs):
 
 def run(args: Args) -> None:
     """Reads questions from stdin until it ends; answers go to stdout, all else to stderr. Raises InputError."""
-    args.sampling()
-    if args.max_new_tokens < 1:
-        raise InputError("--max_new_tokens is out of range", got=args.max_new_tokens, wanted="at least 1")
+    args.check()
     opened = open_model(args, otherwise="alpaca")
     start: Messages = [{"role": "system", "content": args.system}] if args.system else []
     fit([*start, {"role": "user", "content": "Hi"}], opened, args.max_new_tokens)  # a system text too long: known now

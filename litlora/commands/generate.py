@@ -56,7 +56,7 @@ class Request:
 def run(args: Args) -> None:
     """Raises InputError, before the weights are read for whatever can be known by then."""
     # 1. everything that can be wrong is found before the long work starts
-    args.sampling()
+    args.check()
     for name in ("batch_size", "num_samples"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is out of range", got=getattr(args, name), wanted="at least 1")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from litlora.answers import StopStrings
 from litlora.checkpoint import read_json
 from litlora.commands.adapters import parse_weights
 from litlora.commands.common import Base
@@ -63,8 +64,14 @@ class ModelArgs:
     stop: tuple[str, ...] = ()
 
     def sampling(self) -> Sampling:
-        """Raises InputError for values out of range."""
         return Sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty, self.seed)
+
+    def check(self) -> None:
+        """Raises InputError for values out of range."""
+        self.sampling()
+        StopStrings(self.stop)
+        if self.max_new_tokens < 1:
+            raise InputError("--max_new_tokens is out of range", got=self.max_new_tokens, wanted="at least 1")
 
 
 @dataclass(frozen=True)
