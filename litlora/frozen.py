@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from litlora.errors import InputError
 
 BLOCKSIZE = 64  # weights that share one absmax, bitsandbytes' default
-SLICE = 2**22  # weights quantized at a time on the CPU: whole blocks
+SLICE = 2**20  # weights quantized at a time on the CPU: whole blocks
 
 
 class FrozenLinear(nn.Module):
@@ -99,9 +99,14 @@ def _quantize(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, Any]:
         return bnb.quantize_4bit(  # type: ignore[no-any-return]
             weight, blocksize=BLOCKSIZE, quant_type=kind, compress_statistics=nested
         )
-    parts = [bnb.quantize_4bit(part, blocksize=BLOCKSIZE, quant_type=kind) for part in weight.view(-1).split(SLICE)]
-    packed, state = torch.cat([packed for packed, _ in parts]), parts[0][1]
-    state.absmax = torch.cat([part.absmax for _, part in parts])
+    # what stays is allocated first: between the slices' temporary tensors it would tear the heap into holes
+    packed = torch.empty((weight.numel() + 1) // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty(-(-weight.numel() // BLOCKSIZE))
+    for start in range(0, weight.numel(), SLICE):
+        part, state = bnb.quantize_4bit(weight.view(-1)[start : start + SLICE], blocksize=BLOCKSIZE, quant_type=kind)
+        packed[start // 2 :][: len(part)].copy_(part)
+        absmax[start // BLOCKSIZE :][: len(state.absmax)].copy_(state.absmax)
+    state.absmax = absmax
     if nested:  # as quantize_4bit does it
         state.offset = state.absmax.mean()
         state.absmax, state.state2 = bnb.quantize_blockwise(state.absmax - state.offset, blocksize=256)
