@@ -124,7 +124,8 @@ class Merge:
         if name.removesuffix(".weight") in self.rounded:
             # whole: doubly quantized scales hang together across the tensor
             dense = _quantizer(str(self.base_rounding), info.dtype).freeze(info.read(), None).dense_weight()
-            yield from torch.split(dense, [block.shape[0] for block in row_blocks(info)])
+            # copies: a view that is still in somebody's hands would keep the whole tensor
+            yield from (part.clone() for part in torch.split(dense, [block.shape[0] for block in row_blocks(info)]))
         else:
             yield from (block.read() for block in row_blocks(info))
 

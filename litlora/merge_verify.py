@@ -35,7 +35,7 @@ def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The unit in the last place of `dtype` at each of `values` (fp64): the distance of the numbers it has there."""
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(values.abs().clamp(min=info.tiny))  # |x| = m · 2^e, 1/2 <= m < 1
-    return torch.ldexp(torch.tensor(info.eps, dtype=torch.float64), exponent - 1)
+    return info.eps * torch.ldexp(torch.ones_like(values), exponent - 1)
 
 
 @dataclass(frozen=True)

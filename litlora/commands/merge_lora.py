@@ -195,7 +195,12 @@ def describe(args: Args, merge: Merge) -> dict[str, Any]:
 
 def report(merge: Merge, swallowed: Swallowed, cost: Cost) -> None:
     dtype = str(merge.out_dtype(merge.source(f"{min(merge.adapted)}.weight"))).removeprefix("torch.")
-    say("verify: every adapted tensor is within half a unit in the last place of W + ΔW, the rest is byte-identical")
+    names = [name for shard in merge.base.checkpoint.shards for name in merge.names(shard)]
+    touched = sum(map(merge.touched, names))
+    say(
+        f"verify: {touched} tensors are within half a unit in the last place of W + ΔW, "
+        f"{len(names) - touched} are byte for byte the base's"
+    )
     say(
         f"verify: {dtype} swallowed {swallowed.overall:.2%} of ‖ΔW‖ "
         f"(most in {swallowed.worst_tensor}: {swallowed.worst:.2%})"
