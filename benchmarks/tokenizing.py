@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-# This file's own name would hide the standard library's tokenize module.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 from litlora.data import PromptStyle, load_rows, prepare  # noqa: E402
 from litlora.tokenizer import Tokenizer  # noqa: E402

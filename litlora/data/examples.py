@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from litlora.data.dataset import Counts, Dataset, default_cache_dir, load, save
 from litlora.data.prompts import PromptStyle, Rendered
 from litlora.data.rows import Row
 from litlora.errors import InputError
-from litlora.tokenizer import Tokenizer
+from litlora.tokenizer import Bounded, Tokenizer
 
 # Part of the cache's key: to be raised whenever the same rows would give other ids or masks.
 _FORMAT = 1
+_CHUNK = 4096  # rows
 _OVERLONG = ("truncate", "drop", "error")
 
 
@@ -34,13 +36,15 @@ class _Options:
             raise InputError("unknown choice", where="--on_overlong", got=self.on_overlong, wanted=", ".join(_OVERLONG))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Example:
     """One row's ids and the spans [begin, end) of its ids that are labels."""
 
     number: int
     ids: list[int]
     trained: list[tuple[int, int]]
+    straddles: bool = False  # a token would have crossed a bound
+    chunked: bool = False
 
 
 def prepare(
@@ -89,16 +93,15 @@ def _key(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, options:
 
 
 def _build(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, options: _Options) -> Dataset:
-    rendered = [_render(row, style) for row in rows]
-    found, straddling = _tokenize(rows, rendered, tokenizer, options.mask_prompt)
     fitted: list[_Example] = []
-    longest = truncated = dropped = 0
-    for example, text in zip(found, rendered, strict=True):
+    longest = truncated = dropped = straddling = 0
+    for example in _tokenize(rows, tokenizer, style, options.mask_prompt):
         length = len(example.ids)
+        straddling += example.straddles
         longest = max(longest, length)
         if length <= options.max_seq_length:
             fitted.append(example)
-        elif text.chunked:
+        elif example.chunked:
             fitted.extend(_chunks(example, options.max_seq_length))
         elif options.on_overlong == "error":
             raise InputError(
@@ -111,7 +114,7 @@ def _build(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, option
             dropped += 1
         else:
             truncated += 1
-            fitted.append(_Example(example.number, example.ids[: options.max_seq_length], example.trained))
+            fitted.append(replace(example, ids=example.ids[: options.max_seq_length]))
     if not fitted:
         raise InputError(
             "all rows are overlong and dropped",
@@ -130,35 +133,42 @@ def _render(row: Row, style: PromptStyle) -> Rendered:
         raise InputError(f"row {row.number} cannot be rendered: {error}") from error
 
 
-def _tokenize(
-    rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: Tokenizer, mask_prompt: bool
-) -> tuple[list[_Example], int]:
-    """Ids and label spans of each row with its special tokens; how many rows had to be tokenized in parts."""
-    texts = ["".join(text for text, _ in item.segments) for item in rendered]
-    bounds = [list(itertools.accumulate(len(text) for text, _ in item.segments[:-1])) for item in rendered]
-    examples: list[_Example] = []
-    straddling = 0
-    eos = tokenizer.eos_id
-    for row, item, (ids, counts) in zip(rows, rendered, tokenizer.encode_at(texts, bounds), strict=True):
-        ends = [count for count in counts if count is not None]
-        if len(ends) < len(counts):
-            straddling += 1
-            ids, ends = _in_parts(item, tokenizer)
-        lead = tokenizer.lead(ids)
-        ids = lead + ids
-        if item.add_eos:
-            ids.append(eos)
-        borders = [0, *(end + len(lead) for end in ends), len(ids)]
-        spans = [(borders[i], borders[i + 1]) for i, (_, trained) in enumerate(item.segments) if trained]
-        masked = mask_prompt or item.masked
-        examples.append(_Example(row.number, ids, spans if masked else [(0, len(ids))]))
-    return examples, straddling
+def _tokenize(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, mask_prompt: bool) -> Iterator[_Example]:
+    """Examples in the order of the rows. Two chunks are under way: while the tokenizer's library, which lets go of
+    the interpreter, works on one, Python works on the other."""
+
+    def work(start: int) -> list[_Example]:
+        chunk = rows[start : start + _CHUNK]
+        rendered = [_render(row, style) for row in chunk]
+        texts = ["".join([text for text, _ in item.segments]) for item in rendered]
+        bounds = [list(itertools.accumulate([len(text) for text, _ in item.segments[:-1]])) for item in rendered]
+        found = tokenizer.encode_at(texts, bounds)
+        return [_example(*parts, tokenizer, mask_prompt) for parts in zip(chunk, rendered, found, strict=True)]
+
+    with ThreadPoolExecutor(2) as pool:
+        for examples in pool.map(work, range(0, len(rows), _CHUNK)):
+            yield from examples
 
 
-def _in_parts(item: Rendered, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def _example(row: Row, item: Rendered, found: Bounded, tokenizer: Tokenizer, mask_prompt: bool) -> _Example:
+    """A row's ids with its special tokens, and its labels; tokenized in parts where a token straddles a bound."""
+    ids, ends = found
+    if straddles := None in ends:
+        ids, ends = _in_parts(item, tokenizer)
+    lead = tokenizer.lead(ids)
+    ids = lead + ids
+    if item.add_eos:
+        ids.append(tokenizer.eos_id)
+    borders = [0, *[end + len(lead) for end in ends if end is not None], len(ids)]
+    spans = [(borders[i], borders[i + 1]) for i, (_, trained) in enumerate(item.segments) if trained]
+    masked = mask_prompt or item.masked
+    return _Example(row.number, ids, spans if masked else [(0, len(ids))], straddles, item.chunked)
+
+
+def _in_parts(item: Rendered, tokenizer: Tokenizer) -> Bounded:
     """The segments' ids one after the other, and where each but the last ends."""
     ids: list[int] = []
-    ends: list[int] = []
+    ends: list[int | None] = []
     for position, (text, _) in enumerate(item.segments):
         ids += tokenizer.encode_continuation(text) if position else tokenizer.encode(text, special=False)
         ends.append(len(ids))
