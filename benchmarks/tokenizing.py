@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from litlora.data import PromptStyle, load_rows, prepare  # noqa: E402
-from litlora.tokenizer import Tokenizer  # noqa: E402
+from litlora.data import PromptStyle, load_rows, prepare
+from litlora.tokenizer import Tokenizer
 
 
 def write_rows(source: Path, target: Path, count: int) -> None:
