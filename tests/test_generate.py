@@ -348,17 +348,61 @@ def test_four_bit_on_the_cpu(tmp_path: Path, name: str) -> None:
     assert texts(rounded, prompts, Sampling(), 12) != texts(load(base), prompts, Sampling(), 12)
 
 
+@pytest.fixture
+def gpu() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA card")
+    return torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3, 20, 0.9, 1.2, seed=7)], ids=["greedy", "sampled"])
+def test_a_gpu_gives_the_cpus_text(tmp_path: Path, gpu: torch.device, sampling: Sampling) -> None:
+    """fp32; read one step late on a real card."""
+    base = make_family(tmp_path, "mistral")
+    card = load_model(Directory.open(base), FP32, dtype=torch.float32, device=gpu).eval()
+    found = texts(card, prompts_of(), sampling, 30, stop_ids=range(3, 9))
+    assert found == texts(load(base), prompts_of(), sampling, 30, stop_ids=range(3, 9))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [None, "bnb.nf4", "bnb.nf4-dq"])
+def test_16_and_4_bit_on_a_gpu(tmp_path: Path, gpu: torch.device, name: str | None) -> None:
+    if name is not None:
+        pytest.importorskip("bitsandbytes")
+    base = make_family(tmp_path, "mistral", hidden_size=64, intermediate_size=128, head_dim=16)
+    quantizer = make_quantizer(name, torch.bfloat16, gpu)
+    model = load_model(Directory.open(base), quantizer, dtype=torch.bfloat16, device=gpu).eval()
+    prompts, sampling = [*prompts_of(), [3] * 250], Sampling(1.3, 20, 0.9, 1.2, seed=7)
+    found = texts(model, prompts, sampling, 30, stop_ids=range(3, 9), vocab_size=60)
+    assert all(token not in range(3, 9) and token < 60 for row in found for token in row[:-1])
+    assert all(len(row) == 30 or row[-1] in range(3, 9) for row in found[:-1])
+    assert 1 <= len(found[-1]) <= 6
+    assert found == texts(model, prompts, sampling, 30, stop_ids=range(3, 9), vocab_size=60)
+
+
 # --- beside transformers, on real models ---
 
 
-def transformers_greedy(path: Path, ids: list[int], count: int) -> list[int]:
+def transformers_greedy(path: Path, ids: list[int], count: int, **settings: Any) -> list[int]:
     model = reference(path)
     with torch.no_grad():
         out = model.generate(
             torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=count, do_sample=False,
-            pad_token_id=0,
+            pad_token_id=0, **settings,
         )  # fmt: skip
     return out[0, len(ids) :].tolist()
+
+
+def test_repetition_penalty_along_the_way_is_transformers(tmp_path: Path) -> None:
+    """Prompt and answer both count, in a batch whose rows move."""
+    base = make_family(tmp_path, "llama", max_position_embeddings=64)
+    model, prompts = load(base), prompts_of((60, 20, 1))
+    found = texts(model, prompts, Sampling(repetition_penalty=1.6), 40, stop_ids=(2,))
+    limits = zip(prompts, (4, 40, 40), strict=True)
+    wanted = [transformers_greedy(base, ids, limit, repetition_penalty=1.6) for ids, limit in limits]
+    assert found == wanted
+    assert found != [transformers_greedy(base, ids, len(new)) for ids, new in zip(prompts, found, strict=True)]
 
 
 def test_stories_greedy_is_transformers_and_the_published_story(material: Callable[[str], Path]) -> None:
