@@ -84,12 +84,19 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing on the meta device: `normal_` there imports torch._dynamo, 80 MB and a second of every command."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class _Body(nn.Module):
     """What Hugging Face's keys call `model.`"""
 
     def __init__(self, config: ModelConfig, linear: MakeLinear, ops: Ops) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([Block(config, linear, ops) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
