@@ -32,8 +32,8 @@ from litlora.metrics import peak_memory, reset_peak_memory  # noqa: E402
 from litlora.model import CausalLoss  # noqa: E402
 from litlora.optimizers import make_optimizer, make_schedule  # noqa: E402
 from litlora.packing import micro_batches  # noqa: E402
-from litlora.precision import LoRAPrecision, pick_device  # noqa: E402
-from litlora.train import train  # noqa: E402
+from litlora.precision import RunPrecision, pick_device  # noqa: E402
+from litlora.train import FabricPrecision, train  # noqa: E402
 
 SIZES = {  # hidden, ffn, layers, heads, kv heads, vocabulary
     "tiny": (128, 256, 2, 4, 2, 512),
@@ -82,19 +82,19 @@ def measure(args: argparse.Namespace, quantize: str | None, targets: str, checkp
     device = pick_device("auto")
     config = config_of(args.model)
     precision = "bf16-true" if device.type == "cuda" else "32-true"
-    plugin = LoRAPrecision(precision, quantize, device)
-    fabric = Fabric(accelerator=device.type, devices=1, plugins=[plugin])
+    run = RunPrecision(precision, quantize, device)
+    fabric = Fabric(accelerator=device.type, devices=1, plugins=[FabricPrecision(run)])
     torch.manual_seed(0)
     started = time.perf_counter()
     weights = RandomWeights(config, torch.bfloat16, device)
-    decoder = load_model(weights, plugin.quantizer, dtype=plugin.dtype, device=device)
+    decoder = load_model(weights, run.quantizer, dtype=run.dtype, device=device)
     adapt(decoder, TARGETS[targets])
     optimizer = make_optimizer("adamw", lora_parameters(decoder), 3e-4, 0.01)
     model, optimizer = fabric.setup(CausalLoss(decoder), optimizer)
     load_seconds = time.perf_counter() - started
     data = alpaca_like(args.batch_size * (args.warmup + args.steps), config.vocab_size)
     longest = int(data.lengths.max())
-    micro = choose_micro_batch(config, plugin.compute.itemsize, longest, device, checkpointing)
+    micro = choose_micro_batch(config, run.compute.itemsize, longest, device, checkpointing)
     tokens = args.micro_batch_tokens or micro.tokens
     decoder.checkpoint_blocks = micro.checkpointed
     order = np.arange(len(data)).reshape(-1, args.batch_size).tolist()

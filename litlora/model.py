@@ -6,7 +6,7 @@ Sizes: N tokens, C hidden, H heads, K key/value heads, D head dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,3 +144,17 @@ class CausalLoss(nn.Module):
         packed = Packed(batch.positions, batch.cu_seqlens, batch.max_seqlen)
         hidden = self.decoder(batch.input_ids, packed)
         return self.decoder.ops.linear_cross_entropy(hidden, self.decoder.lm_head, batch.labels)
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> float:
+    """Mean cross-entropy over all trained tokens, in eval mode: it does not depend on how rows are batched."""
+    training = model.training
+    model.eval()
+    total, trained = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch in batches:
+        if batch.trained_tokens:
+            total += model(batch.to(device)).double()
+            trained += batch.trained_tokens
+    model.train(training)
+    return total.item() / trained if trained else float("nan")

@@ -1,8 +1,5 @@
-"""Number formats as a Fabric plugin: one place says how weights are held and in what products run.
-
-Fabric's own BitsandbytesPrecision swaps every Linear after loading and goes through fp16; ours only names the
-quantizer, and `load_model` quantizes tensor by tensor.
-"""
+"""How weights are held and in what products run: one object that training gives to Fabric and generation uses as it is
+(without importing Lightning, which takes seconds)."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.plugins.precision import Precision
-from torch import nn
 
 from litlora.errors import InputError
 from litlora.frozen import Quantizer, make_quantizer
@@ -19,7 +14,7 @@ from litlora.frozen import Quantizer, make_quantizer
 PRECISIONS = ("bf16-true", "bf16-mixed", "32-true")
 
 
-class LoRAPrecision(Precision):  # type: ignore[misc]  # Fabric has no types here
+class RunPrecision:
     """`dtype` is that of the weights that are not quantized, `compute` that of the products."""
 
     def __init__(self, precision: str, quantize: str | None, device: torch.device) -> None:
@@ -34,14 +29,11 @@ class LoRAPrecision(Precision):  # type: ignore[misc]  # Fabric has no types her
                 wanted="an Ampere card (RTX 30xx, A100) or later",
                 fix="--precision 32-true",
             )
-        self.precision: Any = precision
+        self.precision = precision
         self.device = device
         self.dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
         self.compute = torch.float32 if precision == "32-true" else torch.bfloat16
         self.quantizer: Quantizer = make_quantizer(quantize, self.compute if quantize else self.dtype, device)
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        return module  # loaded right; a cast would round the quantizers' constants
 
     def forward_context(self) -> AbstractContextManager[Any]:
         if self.precision == "bf16-mixed":

@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
 from litlora.packing import Batch
+from litlora.precision import RunPrecision
 
 
 class TrainingError(RuntimeError):
     """The run cannot go on, through no fault of the program (a loss that is no number)."""
+
+
+class FabricPrecision(Precision):  # type: ignore[misc]  # Fabric has no types here
+    """A RunPrecision, which names quantizer and dtypes, as Fabric's plugin.
+
+    Fabric's own BitsandbytesPrecision swaps every Linear after loading and goes through fp16; with ours the model was
+    loaded right, tensor by tensor, and a cast would round the quantizers' constants.
+    """
+
+    def __init__(self, run: RunPrecision) -> None:
+        self.precision = run.precision
+        self.run = run
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        return self.run.forward_context()
 
 
 @dataclass(frozen=True)
@@ -94,17 +115,3 @@ def _optimizer_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean, size
-
-
-@torch.no_grad()
-def validation_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> float:
-    """Mean cross-entropy over all trained tokens, in eval mode: it does not depend on how rows are batched."""
-    training = model.training
-    model.eval()
-    total, trained = torch.zeros((), dtype=torch.float64, device=device), 0
-    for batch in batches:
-        if batch.trained_tokens:
-            total += model(batch.to(device)).double()
-            trained += batch.trained_tokens
-    model.train(training)
-    return total.item() / trained if trained else float("nan")

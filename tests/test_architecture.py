@@ -20,7 +20,7 @@ FLOORS = [  # from the top down; rooms of one floor may use each other, but in n
 ]
 APART = [("model", "lora"), ("model", "frozen"), ("model", "checkpoint"), ("lora", "model")]
 LIBRARIES = {  # and the rooms they stay in
-    "lightning": "train precision commands",
+    "lightning": "train commands",
     "bitsandbytes": "frozen optimizers",
     "jsonargparse": "cli",
     "huggingface_hub": "hub data",

@@ -19,13 +19,13 @@ from litlora.load import load_model, meta_decoder, parameter_count
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules, lora_parameters
 from litlora.memory import MicroBatch, choose_micro_batch, out_of_memory
 from litlora.metrics import Progress, duration, peak_memory, reset_peak_memory, say
-from litlora.model import CausalLoss, Decoder
+from litlora.model import CausalLoss, Decoder, validation_loss
 from litlora.optimizers import make_optimizer, make_schedule
 from litlora.packing import Batch, micro_batches, step_plan
 from litlora.peft_format import Adapter, Record, load_factors, targets_of
-from litlora.precision import LoRAPrecision, default_precision, pick_device
+from litlora.precision import RunPrecision, default_precision, pick_device
 from litlora.run_files import RunFiles
-from litlora.train import Step, train, validation_loss
+from litlora.train import FabricPrecision, Step, train
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     lora = choose_lora(args, given, start)
     if not args.dry_run:
         files.check(args.overwrite)
-    plugin = LoRAPrecision(str(args.precision), args.quantize, device)
+    precision = RunPrecision(str(args.precision), args.quantize, device)
     data = load_data(args, base, args.prompt_style)
     steps = count_steps(args, len(data.train))
     announce(args, base, data, lora, steps)
@@ -159,11 +159,11 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     require_disk(args.out_dir, 2 * adapter_parameters(base, lora) * dtype.itemsize + 10_000_000)
 
     # 2. the model: each tensor read, quantized and moved; then the adapter over it
-    fabric = Fabric(accelerator=device.type, devices=1, plugins=[plugin])
+    fabric = Fabric(accelerator=device.type, devices=1, plugins=[FabricPrecision(precision)])
     fabric.seed_everything(args.seed, verbose=False)
     assert base.weights is not None
     decoder = load_model(
-        base.weights, plugin.quantizer, dtype=plugin.dtype, device=device, quantize_head=args.quantize_head
+        base.weights, precision.quantizer, dtype=precision.dtype, device=device, quantize_head=args.quantize_head
     )
     weight_bytes = sum(p.numel() * p.element_size() for p in decoder.parameters())
     adapt(decoder, lora, DTYPES[args.lora_dtype])
@@ -173,7 +173,7 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     optimizer = make_optimizer(args.optimizer, lora_parameters(decoder), args.learning_rate, args.weight_decay)
     model, optimizer = fabric.setup(CausalLoss(decoder), optimizer)
     micro = choose_micro_batch(
-        base.config, plugin.compute.itemsize, data.longest, device, args.activation_checkpointing
+        base.config, precision.compute.itemsize, data.longest, device, args.activation_checkpointing
     )
     micro = replace(micro, tokens=args.micro_batch_tokens or micro.tokens)
     decoder.checkpoint_blocks = micro.checkpointed

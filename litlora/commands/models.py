@@ -19,7 +19,7 @@ from litlora.load import load_model
 from litlora.metrics import say
 from litlora.model import Decoder
 from litlora.peft_format import RECORD, Adapter, attach
-from litlora.precision import LoRAPrecision, default_precision, pick_device
+from litlora.precision import RunPrecision, default_precision, pick_device
 from litlora.sampling import Sampling
 from litlora.tokenizer import Tokenizer
 
@@ -82,7 +82,7 @@ class OpenModel:
     adapters: tuple[Adapter, ...]
     weights: tuple[float, ...]
     style: PromptStyle
-    precision: LoRAPrecision
+    precision: RunPrecision
     quantize_head: bool
 
     @property
@@ -132,7 +132,7 @@ def open_model(args: ModelArgs, *, otherwise: str) -> OpenModel:
     adapters = tuple(Adapter.open(path, base.config, base.weights.checkpoint) for path in args.lora_path)
     style = _choose_style(args, base, adapters, otherwise)
     _note_differences(args, base, adapters)
-    precision = LoRAPrecision(args.precision or default_precision(device), args.quantize, device)
+    precision = RunPrecision(args.precision or default_precision(device), args.quantize, device)
     return OpenModel(base, adapters, weights, style, precision, args.quantize_head)
 
 

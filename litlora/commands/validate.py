@@ -13,9 +13,8 @@ from litlora.commands.models import ModelArgs, open_model
 from litlora.data import load_rows
 from litlora.errors import InputError
 from litlora.memory import choose_micro_batch
-from litlora.model import CausalLoss
+from litlora.model import CausalLoss, validation_loss
 from litlora.packing import micro_batches
-from litlora.train import validation_loss
 
 
 @dataclass(frozen=True)
