@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from math import prod
@@ -24,7 +25,8 @@ from litlora.load import Directory
 from litlora.peft_format import Adapter, combine, linear_names
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens.weight"
-BLOCK = 2**21  # elements of a tensor that are worked on at a time: 8 MB in fp32
+BLOCK = 2**20  # elements of a tensor that are worked on at a time: 4 MB in fp32
+ONE_THREAD = 64  # up to this rank one thread computes faster than a disk writes
 
 
 class VerifyError(RuntimeError):
@@ -34,6 +36,18 @@ class VerifyError(RuntimeError):
 @lru_cache
 def _quantizer(name: str, dtype: torch.dtype) -> Quantizer:
     return make_quantizer(name, dtype, torch.device("cpu"))
+
+
+@contextmanager
+def few_threads(rank: int) -> Iterator[None]:
+    """One thread while products of this rank are computed; more only wait for each other (three times as long on a
+    machine that has other work). The same number each time also means the same sums, bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if rank <= ONE_THREAD else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def row_blocks(info: TensorInfo) -> Iterator[TensorInfo]:
@@ -102,6 +116,11 @@ class Merge:
         return self.base.config
 
     @property
+    def rank(self) -> int:
+        """At most, on one linear, the adapters side by side."""
+        return sum(max(map(adapter.lora.rank, adapter.modules)) for adapter in self.adapters)
+
+    @property
     def unties(self) -> bool:
         return self.base.config.tie_word_embeddings and not self.config.tie_word_embeddings
 
@@ -144,18 +163,20 @@ class Merge:
         for block in self.base_blocks(name):
             wide = block.to(torch.promote_types(block.dtype, torch.float32))
             stop = start + len(wide)
-            yield wide.addmm_(b[start:stop].to(wide.dtype), a.to(wide.dtype), alpha=factors.scale)
+            with few_threads(len(a)):
+                wide.addmm_(b[start:stop].to(wide.dtype), a.to(wide.dtype), alpha=factors.scale)
+            yield wide
             start = stop
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The result's tensor in blocks of rows. Raises InputError where its dtype cannot hold a value."""
-        dtype, touched = self.out_dtype(self.source(name)), self.touched(name)
+        dtype = self.out_dtype(self.source(name))
+        narrow = dtype == torch.float16 and self.touched(name)  # the one dtype that weights may not fit into
         for block in self.sums(name):
-            out = block.to(dtype)
-            if touched and not out.isfinite().all():
+            if narrow and block.numel() and not max(map(abs, torch.aminmax(block))) < 65520:  # rounds to infinity
                 got = f"a value of magnitude {block.abs().max().item():.4g}"
                 raise InputError(f"the merged weights do not fit {dtype}", where=name, got=got, fix="a wider --dtype")
-            yield out
+            yield block.to(dtype)
 
     def read(self, name: str) -> Tensor:
         """One tensor of the result, whole."""

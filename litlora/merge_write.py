@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from litlora.checkpoint import INDEX, Shard, atomic_directory, read_json, require_disk, write_json, write_shard
-from litlora.merge import EMBEDDING, HEAD, Merge
+from litlora.merge import EMBEDDING, HEAD, Merge, few_threads
 from litlora.peft_format import RECORD
 
 MARGIN = 16_000_000  # bytes of disk on top of the files, for what the file system itself needs
@@ -60,7 +60,8 @@ def merge_directory(
     with atomic_directory(out_dir, overwrite=overwrite) as directory:
         for shard in merge.base.checkpoint.shards:
             file = directory / shard.file.name
-            write_shard(file, headers[file.name], _told(merge, shard, advance))
+            with few_threads(merge.rank):
+                write_shard(file, headers[file.name], _told(merge, shard, advance))
         if merge.base.checkpoint.index is not None:
             _write_index(merge, directory)
         for path in copied:
