@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,8 @@ def merge_directory(
     with atomic_directory(out_dir, overwrite=overwrite) as directory:
         for shard in merge.base.checkpoint.shards:
             file = directory / shard.file.name
-            with few_threads(merge.rank):
+            # rounding the base is work for all threads
+            with nullcontext() if merge.base_rounding else few_threads(merge.rank):
                 write_shard(file, headers[file.name], _told(merge, shard, advance))
         if merge.base.checkpoint.index is not None:
             _write_index(merge, directory)
