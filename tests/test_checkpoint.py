@@ -137,6 +137,8 @@ VALID = {"a": entry(0, 8), "b": entry(8, 12)}
 BROKEN: dict[str, tuple[object, bytes]] = {
     "a gap": ({"a": entry(0, 8), "b": entry(12, 16)}, bytes(16)),
     "an overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)),
+    "an overlap and a gap": ({"a": entry(0, 8), "b": entry(4, 8)}, bytes(12)),
+    "bytes beyond the end": ({"a": entry(0, 8), "b": entry(100, 104)}, bytes(12)),
     "the same bytes twice": ({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)),
     "a start after 0": ({"a": entry(4, 8)}, bytes(8)),
     "bytes at the end": (VALID, bytes(13)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,17 @@ def test_both_config_styles_are_one_config(checkpoints: Any, tmp_path: Path) -> 
         directory = copy_of(checkpoints(family), tmp_path / family)
         new = ModelConfig.load(directory)
         assert ModelConfig.load(as_transformers_4(directory)) == new
+
+
+def test_llama3_rope_has_short_middle_and_long_waves(checkpoints: Any) -> None:
+    """Else the logits would not show how the middle is blended."""
+    config = ModelConfig.load(checkpoints("llama3"))
+    plain = replace(config.rope, kind="default").inverse_frequencies(config.head_dim)
+    ratio = plain / config.rope.inverse_frequencies(config.head_dim)
+    assert (ratio == 1).any()
+    assert ((ratio > 1.1) & (ratio < 7.9)).any()
+    assert torch.isclose(ratio, torch.tensor(8.0)).any()
+    assert max(LENGTHS) > config.rope.original_max_position_embeddings
 
 
 def test_an_old_type_key_names_the_rope(checkpoints: Any, tmp_path: Path) -> None:

@@ -212,6 +212,6 @@ def test_10_steps_on_smollm2(
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     rows = json.loads(material("alpaca/alpaca_5000.json").read_text())
-    chosen = choose_rows(rows[:200], tokenizer.encode, 80, 256)
-    run = Run(smollm2, chosen, 10, 8, 256, False, quantize, learning_rate=1e-3, warmup=2)
+    chosen = choose_rows(rows[:200], tokenizer.encode, 40, 128)
+    run = Run(smollm2, chosen, 10, 4, 128, False, quantize, learning_rate=1e-3, warmup=2)
     hold_side_by_side(run, ["q_proj", "v_proj"], tokenizer.encode, tokenizer.eos_token_id, tmp_path, within)

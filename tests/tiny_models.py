@@ -30,7 +30,8 @@ LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,  # a sequence of more tokens lies beyond the boundary
+    "original_max_position_embeddings": 64,  # a sequence of more tokens lies beyond the boundary; of head_dim 16's
+    # wavelengths 6.3, 32, 167… one is short, one between the bounds 16 and 64, the others are long
 }
 
 
@@ -40,7 +41,7 @@ def _theta(theta: float) -> dict[str, Any]:
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_key_value_heads": 4, "rms_norm_eps": 1e-6},
-    "llama3": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE, "rms_norm_eps": 1e-5},
+    "llama3": {"model_type": "llama", "head_dim": 16, "rope_parameters": LLAMA3_ROPE, "rms_norm_eps": 1e-5},
     "codellama": {"model_type": "llama", "num_key_value_heads": 4, "rope_parameters": _theta(1e6)},
     "tinyllama": {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 1, "rms_norm_eps": 1e-5},
     "smollm2": {
