@@ -131,7 +131,10 @@ def load_model(
                 setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     for name, module in linears.items():
         tied = name == "lm_head" and config.tie_word_embeddings
-        weight = decoder.model.embed_tokens.weight if tied else weights.read(f"{name}.weight").to(device)
+        if tied and not quantize_head:
+            weight: Tensor = decoder.model.embed_tokens.weight
+        else:
+            weight = weights.read("model.embed_tokens.weight" if tied else f"{name}.weight").to(device)
         bias = None if module.bias is None else weights.read(f"{name}.bias").to(device)
         chosen = quantizer if name != "lm_head" or quantize_head else dense
         # a tied head that stays dense shares the embedding's Parameter, not a copy

@@ -35,7 +35,12 @@ class VerifyError(RuntimeError):
 
 @lru_cache
 def _quantizer(name: str, dtype: torch.dtype) -> Quantizer:
-    return make_quantizer(name, dtype, torch.device("cpu"))
+    return make_quantizer(name, dtype, _rounding_device())
+
+
+def _rounding_device() -> torch.device:
+    """A GPU where there is one: it is quick, and bitsandbytes' two devices do not draw FP4's borders alike."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @contextmanager
@@ -142,7 +147,8 @@ class Merge:
         info = self.source(name)
         if name.removesuffix(".weight") in self.rounded:
             # whole: doubly quantized scales hang together across the tensor
-            dense = _quantizer(str(self.base_rounding), info.dtype).freeze(info.read(), None).dense_weight()
+            weight = info.read().to(_rounding_device())
+            dense = _quantizer(str(self.base_rounding), info.dtype).freeze(weight, None).dense_weight().cpu()
             # copies: a view that is still in somebody's hands would keep the whole tensor
             yield from (part.clone() for part in torch.split(dense, [block.shape[0] for block in row_blocks(info)]))
         else:

@@ -69,7 +69,7 @@ def examine(name: str, out: Path, model: list[object]) -> dict[str, Any]:
     answers = out / f"{name}-answers.jsonl"
     _, notes = litlora(
         "generate", *model, "--prompt_style", "alpaca", "--prompt_file", TEST, "--out_file", answers, "--overwrite",
-        "true", "--temperature", 0, "--max_new_tokens", 32, "--batch_size", 64, "--precision", "32-true",
+        "true", "--temperature", 0, "--max_new_tokens", 16, "--batch_size", 64, "--precision", "32-true",
     )  # fmt: skip
     validated, _ = litlora(
         "validate", *model, "--val_path", TEST, "--mask_prompt", "true", "--prompt_style", "alpaca",

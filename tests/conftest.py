@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# Small matrices: threads would only wait for each other, and for the other worker. Before torch is imported anywhere,
+# and for the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests leave the user's own cache alone.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
