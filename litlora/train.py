@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 
 from litlora.packing import Batch
 from litlora.precision import RunPrecision
+
+
+# Fabric advises tf32 products at every start: the precision here is the user's flag
+logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
 
 class TrainingError(RuntimeError):
