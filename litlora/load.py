@@ -3,6 +3,7 @@ time, so that the host never holds more than one."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Directory:
 @dataclass(frozen=True)
 class RandomWeights:
     """Weights of the right shapes, drawn on `device` (a 70B never touches the disk): speed and memory do not depend on
-    the values."""
+    the values. A name gives the same values each time it is read."""
 
     config: ModelConfig
     dtype: torch.dtype = torch.bfloat16
@@ -74,7 +75,8 @@ class RandomWeights:
         if len(shape) == 1:
             filler = torch.zeros if name.endswith(".bias") else torch.ones
             return filler(shape, dtype=self.dtype, device=self.device)
-        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02)
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
+        return torch.empty(shape, dtype=self.dtype, device=self.device).normal_(std=0.02, generator=generator)
 
 
 def meta_decoder(config: ModelConfig, ops: Ops | None = None) -> Decoder:

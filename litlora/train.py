@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from litlora.packing import Batch
 from litlora.precision import RunPrecision
 
-
 # Fabric advises tf32 products at every start: the precision here is the user's flag
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
