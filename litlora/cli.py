@@ -12,7 +12,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from litlora.errors import InputError
@@ -55,13 +56,21 @@ def call(argv: Sequence[str] | None = None) -> int:
         code = 141
     except SystemExit as error:  # --help and --print_config
         code = error.code if isinstance(error.code, int) else 0
+    except OSError as error:
+        if error.errno is None or error.filename is None:
+            code = _fail(_internal(error), 1, debug)
+        else:  # a file's name that is too long, rights, a disk that is full
+            code = _fail(f"error: {InputError(str(error.strerror), where=error.filename)}", 2, debug)
     except Exception as error:
         if type(error).__name__ in CLEAN_ERRORS:
             code = _fail(f"error: {error}", 1, debug)
         else:
-            text = f"internal error: {type(error).__name__}: {error}\n  fix:    run again with --debug and report it"
-            code = _fail(text, 1, debug)
+            code = _fail(_internal(error), 1, debug)
     return code
+
+
+def _internal(error: Exception) -> str:
+    return f"internal error: {type(error).__name__}: {error}\n  fix:    run again with --debug and report it"
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
@@ -133,6 +142,8 @@ def parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, frozenset[
     import jsonargparse
 
     parser = make_parser(name, module)
+    for file in _values_of("config", arguments):
+        _check_config(file)
     arguments = _join_lists(arguments, module.Args)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -146,6 +157,9 @@ def parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, frozenset[
     values = {field: getattr(namespace, field) for field in fields}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     values |= _verbatim(arguments, module.Args, values)
+    for field, value in values.items():
+        if any("\0" in str(part) for part in (value if isinstance(value, tuple) else [value])):
+            raise InputError("a NUL byte in a flag's value", where=f"--{field}", got=repr(str(value))[:100])
     keys = frozenset(key for key in fields if getattr(given, key, None) is not None)
     return module.Args(**values), keys
 
@@ -172,12 +186,33 @@ def _join_lists(arguments: list[str], args: type) -> list[str]:
 def _verbatim(arguments: list[str], args: type, values: dict[str, Any]) -> dict[str, str]:
     """Texts that YAML takes for nothing, such as `--prompt "### Question"`; only `null` means nothing."""
     optional = {f.name for f in dataclasses.fields(args) if str(f.type) == "str | None" and values[f.name] is None}
-    found: dict[str, str] = {}
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        flag, equals, value = argument.partition("=")
-        if flag.startswith("--") and flag[2:] in optional:
-            found[flag[2:]] = value if equals else following
+    found = {name: text for name in optional for text in _values_of(name, arguments)}
     return {name: text for name, text in found.items() if text != "null"}
+
+
+def _values_of(name: str, arguments: list[str]) -> Iterator[str]:
+    """What a flag is set to on the line: `--name value` or `--name=value`."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        flag, equals, value = argument.partition("=")
+        if flag == f"--{name}":
+            yield value if equals else following
+
+
+def _check_config(file: str) -> None:
+    """Raises InputError, naming file and line, unless it is YAML of names and values."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("the config cannot be read", where=file, got=error.strerror, fix="check --config") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where, got = (f"{file}, line {mark.line + 1}", getattr(error, "problem", error)) if mark else (file, error)
+        raise InputError("the config is not valid YAML", where=where, got=got) from None
+    if not isinstance(value, dict):
+        got = "nothing" if value is None else type(value).__name__
+        raise InputError("the config is not a table of flags", where=file, got=got, wanted="lines such as lora_r: 8")
 
 
 def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError:
@@ -204,9 +239,11 @@ def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError
     found = re.search(r'Parser key "([\w.]+)": (.*)', message)
     if found:
         where, reason = f"--{found.group(1)}", found.group(2)
-        types = re.search(r"Expected an? (.+?)\. Got value: (.*)", reason)
+        types = re.search(r"Expected an? (.+?)\. Got value: (.*)", reason) or re.search(
+            r"Subtypes: \[(.+?)\] Errors: .* Given value: (.*)", reason
+        )
         if types is None:
             return InputError("a flag's value does not fit", where=where, got=reason[:300], fix="see --help")
-        wanted = re.sub(r"<class '(\w+)'>", r"\1", types.group(1)).replace("typing.", "")
+        wanted = re.sub(r"<class '(\w+)'>", r"\1", types.group(1)).replace("typing.", "").replace("NoneType", "null")
         return InputError("a flag's value does not fit", where=where, got=types.group(2)[:100], wanted=wanted)
     return InputError("the command line does not parse", got=message[:400], fix="see --help")

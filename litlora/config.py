@@ -72,6 +72,9 @@ class ModelConfig:
         require_directory(directory)
         file = directory / "config.json"
         if not file.is_file():
+            if (directory / "adapter_config.json").is_file():
+                fix = "its base as --checkpoint_dir, and the adapter as --lora_path"
+                raise InputError("this is an adapter, not a model", where=directory, fix=fix)
             raise InputError(
                 "no config.json in the checkpoint directory",
                 where=directory,

@@ -215,12 +215,12 @@ FOUR_BIT = {
 }
 
 
-def make_quantizer(name: str | None, dtype: torch.dtype, device: torch.device) -> Quantizer:
-    """The quantizer of a `--quantize` value, tried once on `device`. Raises InputError where it cannot run."""
+def make_quantizer(name: str | None, dtype: torch.dtype, device: torch.device, flag: str = "--quantize") -> Quantizer:
+    """The quantizer of a flag's value, tried once on `device`. Raises InputError where it cannot run."""
     if name is None:
         return Dense(dtype)
     if name not in FOUR_BIT:
-        raise InputError("unknown --quantize", got=name, wanted=", ".join(FOUR_BIT))
+        raise InputError(f"unknown {flag}", got=name, wanted=", ".join(FOUR_BIT))
     quantizer = FourBit(name, dtype)
     try:
         trial = torch.ones(BLOCKSIZE, BLOCKSIZE, dtype=dtype, device=device)
@@ -228,8 +228,8 @@ def make_quantizer(name: str | None, dtype: torch.dtype, device: torch.device) -
     except Exception as error:  # whatever bitsandbytes raises where its library does not load
         raise InputError(
             "this machine cannot quantize",
-            where=f"--quantize {name} on {device}",
+            where=f"{flag} {name} on {device}",
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            fix="install a bitsandbytes that supports this machine, or leave --quantize out",
+            fix=f"install a bitsandbytes that supports this machine, or leave {flag} out",
         ) from error
     return quantizer

@@ -47,14 +47,24 @@ def choose_micro_batch(
 
 
 def out_of_memory(
-    *, weights: int, adapter: int, micro: MicroBatch, longest: int, quantize: str | None, device: torch.device
+    *,
+    weights: int,
+    adapter: int,
+    micro: MicroBatch,
+    micro_batch_size: int | None,
+    longest: int,
+    quantize: str | None,
+    device: torch.device,
 ) -> InputError:
     """What filled the GPU, in GB, and the cheapest flag that takes less. `weights` and `adapter` in bytes, the latter
-    with gradients and optimizer."""
+    with gradients and optimizer; `micro_batch_size` where rows were counted instead of tokens."""
     total = torch.cuda.get_device_properties(device).total_memory
     parts = f"base weights {weights / 1e9:.2f} GB, adapter with gradients and optimizer {adapter / 1e9:.2f} GB, "
-    parts += f"the rest activations of {micro.tokens} tokens"
-    if micro.tokens > longest:
+    held = f"{micro_batch_size} rows of up to {longest}" if micro_batch_size else f"{max(micro.tokens, longest)}"
+    parts += f"the rest activations of {held} tokens"
+    if micro_batch_size and micro_batch_size > 1:
+        fix = f"--micro_batch_size {micro_batch_size // 2}"
+    elif micro.tokens > longest and not micro_batch_size:
         fix = f"--micro_batch_tokens {max(longest, micro.tokens // 2)}"
     elif not micro.checkpointed:
         fix = "--activation_checkpointing full"

@@ -35,7 +35,7 @@ class VerifyError(RuntimeError):
 
 @lru_cache
 def _quantizer(name: str, dtype: torch.dtype) -> Quantizer:
-    return make_quantizer(name, dtype, _rounding_device())
+    return make_quantizer(name, dtype, _rounding_device(), flag="--base_rounding")
 
 
 def _rounding_device() -> torch.device:

@@ -32,6 +32,23 @@ def make_optimizer(
     raise InputError("unknown --optimizer", got=name, wanted=", ".join(OPTIMIZERS))
 
 
+def require_optimizer(name: str, device: torch.device) -> None:
+    """Raises InputError where the optimizer cannot run: bitsandbytes' is tried once."""
+    if name != "adamw_8bit":
+        return
+    try:
+        trial = nn.Parameter(torch.zeros(4096, device=device))
+        trial.grad = torch.ones_like(trial)
+        make_optimizer(name, [trial], 1e-3, 0.0).step()
+    except Exception as error:  # whatever bitsandbytes raises where its library does not load
+        raise InputError(
+            "this machine cannot run the 8-bit optimizer",
+            where=f"--optimizer {name} on {device}",
+            got=f"{type(error).__name__}: {error}",
+            fix="install a bitsandbytes that supports this machine, or --optimizer adamw",
+        ) from error
+
+
 def make_schedule(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
     """The learning rate's factor at optimizer step k = 0, 1, …, as transformers' schedules of the same names: it rises
     as k / warmup_steps, then stays, falls to 0 in a line, or falls to 0 in half a cosine."""

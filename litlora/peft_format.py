@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,27 @@ class Adapter:
         return Factors(a, b, self.lora.scale(module))
 
 
+RECORD_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "str | None": (str, type(None)),
+    "bool": (bool,),
+    "int": (int,),
+    "float | None": (float, int, type(None)),
+}
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     if not (directory / CONFIG).is_file():
+        fix = "check --lora_path"
+        if directory.is_file():
+            fix = "the directory that the file lies in"
+        elif (directory / "config.json").is_file():
+            fix = "this is a model, not an adapter: --checkpoint_dir, or generate and validate it without --lora_path"
         raise InputError(
             f"no {CONFIG} in the adapter directory",
             where=directory,
             wanted="a directory written by litlora finetune_lora or by PEFT's save_pretrained",
-            fix="check --lora_path",
+            fix=fix,
         )
     if not (directory / WEIGHTS).is_file() and (directory / "adapter_model.bin").is_file():
         fix = "open it in PEFT once and save it with save_pretrained (safe_serialization=True)"
@@ -136,9 +150,14 @@ def _read_record(directory: Path) -> Record | None:
     if not file.is_file():
         return None
     try:
-        return Record(**read_json(file))
+        record = Record(**read_json(file))
     except TypeError as error:
         raise InputError("a record that litlora did not write", where=file, got=str(error)) from None
+    found = [(field.name, getattr(record, field.name), RECORD_TYPES[str(field.type)]) for field in fields(Record)]
+    wrong = [f"{name} = {value!r}" for name, value, types in found if not isinstance(value, types)]
+    if wrong:
+        raise InputError("a record that litlora did not write", where=file, got="; ".join(wrong))
+    return record
 
 
 def _lora(raw: Mapping[str, Any], config: ModelConfig, where: Path) -> LoRA:

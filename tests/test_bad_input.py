@@ -7,27 +7,28 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_tokenizers import CHATML
 from torch import nn
 
-from litlora import frozen, merge, merge_write, optimizers, precision
+from litlora import frozen, merge, merge_write, precision
 from litlora.checkpoint import INDEX, SINGLE, Checkpoint
 from litlora.cli import call
-from litlora.commands import finetune_lora, merge_lora, models, validate
+from litlora.commands import finetune_lora, generate, models, validate
 from litlora.config import ModelConfig
 from litlora.data import hub
-from litlora.load import meta_decoder
+from litlora.load import load_model, meta_decoder
 from litlora.lora import LoRA, adapt, lora_modules
-from litlora.memory import MicroBatch
 from litlora.peft_format import CONFIG, PREFIX, RECORD, WEIGHTS, Record, save_adapter
 
 ROOT = Path(__file__).parents[1]
@@ -94,8 +95,6 @@ class Desk:
 
     def retensor(self, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
         """Rewrites a safetensors file after `change` to its tensors."""
-        from safetensors.torch import load_file, save_file
-
         tensors = load_file(self.path / name)
         change(tensors)
         save_file(tensors, self.path / name)
@@ -128,23 +127,27 @@ def digest(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, an adapter and data that fit each other."""
+    """A base (the embedded one's first two blocks), an adapter and data that fit each other."""
     path = tmp_path_factory.mktemp("good")
     shutil.copytree(TINY, path / "base")
+    raw = json.loads((TINY / "config.json").read_text())
+    (path / "base" / "config.json").write_text(json.dumps({**raw, "num_hidden_layers": 2}))
+    tensors = {name: t for name, t in load_file(TINY / SINGLE).items() if not re.search(r"layers\.[2-9]", name)}
+    save_file(tensors, path / "base" / SINGLE)
     write_adapter(path / "adapter", path / "base")
     (path / "rows.json").write_text(json.dumps(json.loads(ROWS.read_text())[:40]))
     return path
 
 
 @pytest.fixture
-def desk(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+def desk(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
     """A copy of the good things, in the working directory; the long work is out of bounds."""
     path = Path(shutil.copytree(good, tmp_path / "desk"))
     monkeypatch.chdir(path)
     for module in (finetune_lora, models):
         monkeypatch.setattr(module, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr(merge_write, "atomic_directory", lambda *_, **__: pytest.fail("something was written"))
-    yield Desk(path, monkeypatch)
+    return Desk(path, monkeypatch)
 
 
 def refusal(desk: Desk, capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -263,15 +266,15 @@ def shapes_do_not_fit(desk: Desk) -> dict[str, Any]:
     return {}
 
 
-@case(ALL, "do not fit config.json", "model.layers.6.input_layernorm.weight is missing", "more")
+@case(ALL, "do not fit config.json", "model.layers.2.self_attn.q_proj.weight is missing", "more")
 def layers_missing(desk: Desk) -> dict[str, Any]:
-    desk.edit("base/config.json", num_hidden_layers=7)
+    desk.edit("base/config.json", num_hidden_layers=3)
     return {}
 
 
-@case(ALL, "do not fit config.json", "model.layers.5.mlp.up_proj.weight is not a tensor of a llama model", "more")
+@case(ALL, "do not fit config.json", "model.layers.1.input_layernorm.weight is not a tensor of a llama model", "more")
 def layers_extra(desk: Desk) -> dict[str, Any]:
-    desk.edit("base/config.json", num_hidden_layers=5)
+    desk.edit("base/config.json", num_hidden_layers=1)
     return {}
 
 
@@ -295,7 +298,7 @@ def weights_pickled(desk: Desk) -> dict[str, Any]:
 
 @case(ALL, "not a valid safetensors file", "model.safetensors", "truncated", "again")
 def weights_truncated(desk: Desk) -> dict[str, Any]:
-    os.truncate(desk.base / SINGLE, 3_000_000)
+    os.truncate(desk.base / SINGLE, 1_000_000)
     return {}
 
 
@@ -328,16 +331,16 @@ def weights_of_another_dtype(desk: Desk) -> dict[str, Any]:
 
 @case(ALL, "a weights file is missing", "model-00002-of-00002.safetensors", "download")
 def shard_missing(desk: Desk) -> dict[str, Any]:
-    (desk.base / SINGLE).rename(desk.base / "model-00001-of-00002.safetensors")
-    weight_map = dict.fromkeys(Checkpoint(TINY).tensors, "model-00001-of-00002.safetensors")
+    weight_map = dict.fromkeys(Checkpoint(desk.base).tensors, "model-00001-of-00002.safetensors")
     weight_map["lm_head.weight"] = "model-00002-of-00002.safetensors"
+    (desk.base / SINGLE).rename(desk.base / "model-00001-of-00002.safetensors")
     desk.write(f"base/{INDEX}", {"weight_map": weight_map})
     return {}
 
 
 @case(ALL, "the weights index", INDEX, "ghost.weight (index: model.safetensors, found: nowhere)")
 def index_with_a_ghost(desk: Desk) -> dict[str, Any]:
-    names = [*Checkpoint(TINY).tensors, "ghost.weight"]
+    names = [*Checkpoint(desk.base).tensors, "ghost.weight"]
     desk.write(f"base/{INDEX}", {"weight_map": dict.fromkeys(names, SINGLE)})
     return {}
 
@@ -378,7 +381,7 @@ def tokenizer_config_garbage(desk: Desk) -> dict[str, Any]:
     return {}
 
 
-@case(RUNNING, "tokenizer_config.json", "added_tokens_decoder")
+@case(RUNNING, "tokenizer_config.json", "'first'")
 def tokenizer_config_of_the_wrong_shape(desk: Desk) -> dict[str, Any]:
     desk.edit("base/tokenizer_config.json", added_tokens_decoder={"first": {"content": "<a>"}})
     return {}
@@ -463,8 +466,6 @@ def adapter_of_another_shape_of_base(desk: Desk) -> dict[str, Any]:
     other = desk.path / "other"
     shutil.copytree(desk.base, other)
     desk.edit("other/config.json", hidden_size=96)
-    from safetensors.torch import save_file
-
     shapes = {name: tuple(p.shape) for name, p in meta_decoder(ModelConfig.load(other)).named_parameters()}
     save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, other / SINGLE)
     (desk.adapter / RECORD).unlink()  # as PEFT's adapters: nothing but the shapes tells
@@ -608,7 +609,7 @@ def data_an_empty_list(desk: Desk) -> dict[str, Any]:
     return {"data_path": desk.write("rows.json", [])}
 
 
-@case(DATA, "malformed JSON", "rows.json, line 3")
+@case(DATA, "malformed JSON", "rows.json, line 4")
 def data_malformed(desk: Desk) -> dict[str, Any]:
     return {"data_path": desk.write("rows.json", '[\n{"instruction": "a", "output": "b"},\n{"instruction": \n]')}
 
@@ -719,7 +720,7 @@ def max_seq_length_1(desk: Desk) -> dict[str, Any]:
     return {"max_seq_length": 1}
 
 
-@case(DATA, "no row to train on", "--val_split", "40 of 40 rows")
+@case(DATA, "leaves no row to train on", "--val_split", "40 of 40 rows")
 def val_split_of_all(desk: Desk) -> dict[str, Any]:
     return {"val_split": 40}
 
@@ -845,11 +846,11 @@ OFF = {"lora_query": "false", "lora_value": "false"}
 flags((FINETUNE,), OFF, "no LoRA target", "--lora_query true", "--lora_head true")
 for name, values, wanted in (
     ("lora_r", (0, -8), "at least 1"),
-    ("lora_alpha", (0, -16, "nan", "inf"), "above 0"),
-    ("lora_dropout", (1, -0.1, "nan"), "0 <= p < 1"),
-    ("learning_rate", (0, "nan", "inf", -1e-4), "above 0"),
-    ("weight_decay", (-1, "nan", "inf"), "0 or more"),
-    ("max_norm", (0, "nan"), "above 0"),
+    ("lora_alpha", (0, -16, ".nan", ".inf"), "above 0"),
+    ("lora_dropout", (1, -0.1, ".nan"), "0 <= p < 1"),
+    ("learning_rate", (0, ".nan", ".inf", -1e-4), "above 0"),
+    ("weight_decay", (-1, ".nan", ".inf"), "0 or more"),
+    ("max_norm", (0, ".nan"), "above 0"),
     ("warmup_steps", (-1,), "0 or more"),
     ("batch_size", (0,), "at least 1"),
     ("epochs", (0,), "at least 1"),
@@ -860,11 +861,11 @@ for name, values, wanted in (
     ("devices", (2,), "not supported yet"),
 ):
     for value in values:
-        flags((FINETUNE,), {name: value}, name, str(value), wanted)
+        flags((FINETUNE,), {name: value}, name, str(value).removeprefix("."), wanted)
 flags(DATA, {"micro_batch_tokens": -1}, "--micro_batch_tokens", "-1", "at least 1")
 flags(DATA, {"max_seq_length": 0}, "--max_seq_length", "0")
-flags(DATA, {"val_split": "nan"}, "--val_split", "nan", "a share between 0 and 1")
-flags(DATA, {"val_split": "inf"}, "--val_split", "inf")
+flags(DATA, {"val_split": ".nan"}, "--val_split", "nan", "a share between 0 and 1")
+flags(DATA, {"val_split": ".inf"}, "--val_split", "inf")
 flags(DATA, {"val_split": -0.1}, "--val_split", "-0.1")
 flags(DATA, {"val_split": 2.5}, "--val_split", "2.5")
 flags(DATA, {"seed": -1}, "--seed", "-1", "0 to ")
@@ -875,10 +876,12 @@ flags(DATA, {"data": "alpacca"}, "--data", "alpacca", "dolly")
 flags((FINETUNE,), {"optimizer": "adan"}, "--optimizer", "adan", "adamw_8bit")
 flags((FINETUNE,), {"lr_schedule": "cosin"}, "--lr_schedule", "cosin", "linear")
 flags((FINETUNE,), {"lora_r": "eight"}, "--lora_r", "eight", "int")
+flags((FINETUNE,), {"max_norm": "nan"}, "--max_norm", "nan", "float, null")
+flags((FINETUNE,), {"lora_dropout": "half"}, "--lora_dropout", "half", "float")
 flags((FINETUNE,), {"lora_r": 8.5}, "--lora_r", "8.5", "int")
 flags((FINETUNE,), {"lora_mlp": "maybe"}, "--lora_mlp", "maybe", "bool")
 flags((GENERATE,), {"temperature": -1}, "--temperature", "-1")
-flags((GENERATE,), {"temperature": "nan"}, "--temperature", "nan")
+flags((GENERATE,), {"temperature": ".nan"}, "--temperature", "nan")
 flags((GENERATE,), {"top_p": 1.5}, "--top_p", "1.5")
 flags((GENERATE,), {"top_k": -1}, "--top_k", "-1")
 flags((GENERATE,), {"repetition_penalty": 0}, "--repetition_penalty", "0")
@@ -1063,3 +1066,85 @@ def test_is_refused(
     message = refusal(desk, capsys, *desk.line(command, flags))
     for text in said:
         assert text in message, message
+
+
+# --- a GPU that is too small ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Card:
+    """What torch says of a GPU."""
+
+    total_memory: int = 8_000_000_000
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+@pytest.fixture
+def card(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """The GPU's queries answered; the model may be loaded."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: Card())
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 6_000_000_000)
+    for module in (finetune_lora, models):
+        monkeypatch.setattr(module, "load_model", load_model)
+    return desk
+
+
+PARTS = "base weights 0.01 GB, adapter with gradients and optimizer 0.00 GB, the rest activations of "
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, f"{PARTS}2048 tokens\n  fix:    --micro_batch_tokens 1024"),
+        ({"micro_batch_tokens": 90}, "--micro_batch_tokens 73"),
+        ({"micro_batch_tokens": 16}, "--activation_checkpointing full"),
+        ({"micro_batch_tokens": 16, "activation_checkpointing": "full"}, "--quantize bnb.nf4-dq"),
+        ({"micro_batch_tokens": 16, "activation_checkpointing": "full", "quantize": "bnb.nf4"}, "--max_seq_length 36"),
+        ({"micro_batch_size": 8}, "activations of 8 rows of up to 73 tokens\n  fix:    --micro_batch_size 4"),
+        ({"micro_batch_size": 1}, "--activation_checkpointing full"),
+    ],
+    ids=str,
+)
+def test_out_of_memory_in_training_names_the_parts_and_the_cheapest_flag(
+    given: dict[str, Any], said: str, card: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card.patch.setattr(finetune_lora, "train", out_of_memory)
+    assert call(card.line(FINETUNE, given)) == 2
+    message = capsys.readouterr().err.partition("error: ")[2]
+    assert message.startswith("out of memory on the GPU\n  where:  a card of 8.0 GB\n  got:    base weights ")
+    assert said in message, message
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "part", "fix"),
+    [
+        (FINETUNE, {}, "the weights of base", "--quantize bnb.nf4-dq"),
+        (FINETUNE, {"quantize": "bnb.nf4"}, "the weights of base", "--accelerator cpu"),
+        (GENERATE, {}, "the weights of base", "--quantize bnb.nf4-dq"),
+        (GENERATE, {"quantize": "bnb.nf4"}, "the weights of base", "--accelerator cpu"),
+        (VALIDATE, {}, "the weights of base", "--quantize bnb.nf4-dq"),
+    ],
+    ids=str,
+)
+def test_out_of_memory_while_loading(
+    command: str, given: dict[str, Any], part: str, fix: str, card: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (finetune_lora, models):
+        card.patch.setattr(module, "load_model", out_of_memory)
+    message = refusal(card, capsys, *card.line(command, given))
+    assert f"got:    {part}, with 6.00 GB held already" in message
+    assert f"fix:    {fix}" in message
+
+
+def test_out_of_memory_in_answers_and_in_validation(card: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    card.patch.setattr(generate, "answers", out_of_memory)
+    message = refusal(card, capsys, *card.line(GENERATE, {"num_samples": 4}))
+    assert "keys and values of 4 rows" in message
+    assert "fix:    --batch_size 2" in message
+    card.patch.setattr(validate, "validation_loss", out_of_memory)
+    message = refusal(card, capsys, *card.line(VALIDATE, {"micro_batch_tokens": 512}))
+    assert "activations of 512 tokens" in message
+    assert "fix:    --micro_batch_tokens 256" in message

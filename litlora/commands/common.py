@@ -49,7 +49,7 @@ class TrainingData:
     validation_dataset: Dataset
     validation: list[int]
     style: PromptStyle
-    sample: tuple[str, str] | None  # instruction and input of the first validation row, where it has one
+    sample: tuple[str, str] | None  # instruction and input of a validation row
 
     @property
     def train_tokens(self) -> int:
@@ -96,17 +96,21 @@ def default_style(rows: Sequence[Row], tokenizer: Tokenizer) -> PromptStyle:
 def tokenize(args: DataArgs, rows: Sequence[Row], base: Base, style: PromptStyle, what: str) -> Dataset:
     """Rows to ids by the data flags; says what became of them. Raises InputError for bad data."""
     limit = base.config.max_position_embeddings
-    length = min(limit, args.max_seq_length or limit)
+    length = limit if args.max_seq_length is None else min(limit, args.max_seq_length)
     if (args.max_seq_length or 0) > limit:
         say(f"note: --max_seq_length {args.max_seq_length} is cut to the model's context of {limit}")
-    dataset = prepare(
-        rows,
-        base.tokenizer,
-        style,
-        mask_prompt=args.mask_prompt,
-        max_seq_length=length,
-        on_overlong=args.on_overlong,
-    )
+    try:
+        dataset = prepare(
+            rows,
+            base.tokenizer,
+            style,
+            mask_prompt=args.mask_prompt,
+            max_seq_length=length,
+            on_overlong=args.on_overlong,
+        )
+    except InputError as error:
+        path = args.val_path if what == "validation data" and args.val_path else args.data_path
+        raise InputError(f"{error}\n  file:   {path or args.data}") from None
     report_counts(dataset, what, length, args.on_overlong)
     return dataset
 
@@ -114,22 +118,40 @@ def tokenize(args: DataArgs, rows: Sequence[Row], base: Base, style: PromptStyle
 def load_data(args: DataArgs, base: Base, prompt_style: str | None) -> TrainingData:
     """Rows, split and ids by the data flags. Raises InputError for bad data."""
     rows = load_rows(args.data, args.data_path, args.multiturn)
+    # a file or a split that is not right is known before anything is tokenized
+    val_rows = load_rows(args.data, args.val_path, args.multiturn) if args.val_path else held_out(rows, args)
     style = PromptStyle.load(prompt_style, base.tokenizer) if prompt_style else default_style(rows, base.tokenizer)
     dataset = tokenize(args, rows, base, style, "data")
     if args.val_path is not None:
-        val_rows = load_rows(args.data, args.val_path, args.multiturn)
         val_dataset = tokenize(args, val_rows, base, style, "validation data")
         train, validation = list(range(len(dataset))), list(range(len(val_dataset)))
     else:
-        val_rows, val_dataset = held_out(rows, args), dataset
+        val_dataset = dataset
         numbers = {row.number for row in val_rows}
         train = [i for i in range(len(dataset)) if int(dataset.rows[i]) not in numbers]
         validation = [i for i in range(len(dataset)) if int(dataset.rows[i]) in numbers]
     if not train:
         raise InputError("no row is left to train on", where=args.data_path, fix="more rows, or a smaller --val_split")
-    first = val_rows[0] if val_rows else None
-    sample = (first.instruction, first.input) if isinstance(first, Instruction) else None
-    return TrainingData(dataset, train, val_dataset, validation, style, sample)
+    length = args.max_seq_length or base.config.max_position_embeddings
+    for verb, part, indices in (("train", dataset, train), ("validate", val_dataset, validation)):
+        if indices and not any(part.trained(i).any() for i in indices):
+            raise InputError(
+                f"every label of the rows to {verb} on is masked",
+                where=args.val_path if part is not dataset else args.data_path,
+                got=f"{len(indices)} rows, --max_seq_length {length}",
+                fix="raise --max_seq_length so that it holds more than the prompts",
+            )
+    return TrainingData(dataset, train, val_dataset, validation, style, sample_of(val_rows, base, style))
+
+
+def sample_of(rows: Sequence[Row], base: Base, style: PromptStyle) -> tuple[str, str] | None:
+    """Instruction and input of the first row whose prompt leaves room for an answer."""
+    for row in rows:
+        if isinstance(row, Instruction):
+            length = len(base.tokenizer.encode_prompt(style.prompt(row.instruction, row.input)))
+            if 0 < length < base.config.max_position_embeddings:
+                return row.instruction, row.input
+    return None
 
 
 def held_out(rows: Sequence[Row], args: DataArgs) -> list[Row]:

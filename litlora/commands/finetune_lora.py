@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,14 +14,16 @@ from lightning.fabric import Fabric
 from litlora import __version__
 from litlora.checkpoint import require_disk
 from litlora.commands.common import Base, TrainingData, load_data, record_style
-from litlora.decode import Sampling, generate
+from litlora.commands.models import explained_memory
+from litlora.commands.prompts import Prompt
+from litlora.decode import Sampling, check_prompts, generate
 from litlora.errors import InputError
 from litlora.load import load_model, meta_decoder, parameter_count
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules, lora_parameters
 from litlora.memory import MicroBatch, choose_micro_batch, out_of_memory
 from litlora.metrics import Progress, duration, peak_memory, reset_peak_memory, say
 from litlora.model import CausalLoss, Decoder, validation_loss
-from litlora.optimizers import make_optimizer, make_schedule
+from litlora.optimizers import make_optimizer, make_schedule, require_optimizer
 from litlora.packing import Batch, micro_batches, step_plan
 from litlora.peft_format import Adapter, Record, load_factors, targets_of
 from litlora.precision import RunPrecision, default_precision, pick_device
@@ -147,24 +150,28 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     checkpoint = base.weights.checkpoint if base.weights else None
     start = Adapter.open(args.lora_path, base.config, checkpoint) if args.lora_path else None
     lora = choose_lora(args, given, start)
+    dtype = DTYPES[args.save_dtype or args.lora_dtype]
     if not args.dry_run:
+        check_paths(args)
         files.check(args.overwrite)
+        require_disk(args.out_dir, 2 * adapter_parameters(base, lora) * dtype.itemsize + 10_000_000)
     precision = RunPrecision(str(args.precision), args.quantize, device)
+    require_optimizer(args.optimizer, device)
     data = load_data(args, base, args.prompt_style)
+    question = sample_question(args, data, base)
     steps = count_steps(args, len(data.train))
     announce(args, base, data, lora, steps)
     if args.dry_run:
         return
-    dtype = DTYPES[args.save_dtype or args.lora_dtype]
-    require_disk(args.out_dir, 2 * adapter_parameters(base, lora) * dtype.itemsize + 10_000_000)
 
     # 2. the model: each tensor read, quantized and moved; then the adapter over it
     fabric = Fabric(accelerator=device.type, devices=1, plugins=[FabricPrecision(precision)])
     fabric.seed_everything(args.seed, verbose=False)
     assert base.weights is not None
-    decoder = load_model(
-        base.weights, precision.quantizer, dtype=precision.dtype, device=device, quantize_head=args.quantize_head
-    )
+    with explained_memory(f"the weights of {args.checkpoint_dir}", load_fix(args)):
+        decoder = load_model(
+            base.weights, precision.quantizer, dtype=precision.dtype, device=device, quantize_head=args.quantize_head
+        )
     weight_bytes = sum(p.numel() * p.element_size() for p in decoder.parameters())
     adapt(decoder, lora, DTYPES[args.lora_dtype])
     if start is not None:
@@ -215,7 +222,7 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
                 if step.number % args.eval_interval == 0 or step.number == steps:
                     if validation:
                         val_loss = validation_loss(model, validation, device)
-                        answer = sample(args, data, base, decoder, fabric)
+                        answer = sample(question, base, decoder, fabric)
                         progress.note(f"step {step.number}: validation loss {val_loss:.4f}{answer}")
                     record = replace(record, step=step.number, val_loss=val_loss)
                     is_best = val_loss is None or val_loss < best
@@ -228,8 +235,8 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     except torch.cuda.OutOfMemoryError as error:
         adapter_bytes = sum(p.numel() * p.element_size() * 4 for p in lora_parameters(decoder))
         raise out_of_memory(
-            weights=weight_bytes, adapter=adapter_bytes, micro=micro, longest=data.longest, quantize=args.quantize,
-            device=device,
+            weights=weight_bytes, adapter=adapter_bytes, micro=micro, micro_batch_size=args.micro_batch_size,
+            longest=data.longest, quantize=args.quantize, device=device,
         ) from error  # fmt: skip
     finally:
         csv.close()
@@ -251,12 +258,26 @@ def check_flags(args: Args) -> None:
         value = getattr(args, name)
         _require(name, value, value is None or value >= 1, "at least 1")
     for name in ("warmup_steps", "weight_decay"):
-        _require(name, getattr(args, name), getattr(args, name) >= 0, "0 or more")
-    _require("learning_rate", args.learning_rate, args.learning_rate > 0, "above 0")
+        _require(name, getattr(args, name), 0 <= getattr(args, name) < math.inf, "0 or more")
+    _require("learning_rate", args.learning_rate, 0 < args.learning_rate < math.inf, "above 0")
+    _require("seed", args.seed, 0 <= args.seed < 2**32, "0 to 2**32 - 1")
     _require("max_norm", args.max_norm, args.max_norm is None or args.max_norm > 0, "above 0")
     _require("devices", args.devices, args.devices == 1, "1: several GPUs are not supported yet")
     if args.micro_batch_tokens is not None and args.micro_batch_size is not None:
         raise InputError("two sizes of a micro-batch", got="--micro_batch_tokens and --micro_batch_size", wanted="one")
+
+
+def check_paths(args: Args) -> None:
+    """Raises InputError where the run would replace what it is made from."""
+    out = args.out_dir.resolve()
+    for flag, path in (("checkpoint_dir", args.checkpoint_dir), ("lora_path", args.lora_path)):
+        if path is not None and path.resolve() in (out, out / "last"):
+            raise InputError(f"the run would replace --{flag}", where=args.out_dir, got=path, fix="another --out_dir")
+
+
+def load_fix(args: Args) -> str:
+    """What to do where the weights alone are too much for the GPU."""
+    return "--accelerator cpu, or a smaller model" if args.quantize else "--quantize bnb.nf4-dq"
 
 
 def _require(flag: str, value: object, fine: bool, wanted: str) -> None:
@@ -317,12 +338,22 @@ def batches(args: Args, data: TrainingData, micro: MicroBatch, steps: int) -> It
             yield epoch, micro_batches(data.dataset, indices, max_tokens=max_tokens, max_rows=args.micro_batch_size)
 
 
-def sample(args: Args, data: TrainingData, base: Base, decoder: Decoder, fabric: Fabric) -> str:
-    """What the model now answers to the sample prompt, greedily."""
+def sample_question(args: Args, data: TrainingData, base: Base) -> tuple[str, list[int]] | None:
+    """What is asked at each validation, and its ids: --sample_prompt, else a validation row's. Raises InputError for a
+    flag's text that does not fit the model."""
     instruction, extra = (args.sample_prompt, "") if args.sample_prompt else data.sample or (None, "")
     if instruction is None:
+        return None
+    ids = base.tokenizer.encode_prompt(Prompt("--sample_prompt", instruction, extra).render(data.style))
+    check_prompts([ids], 1, base.config.max_position_embeddings, base.config.vocab_size, ["--sample_prompt"])
+    return instruction, ids
+
+
+def sample(question: tuple[str, list[int]] | None, base: Base, decoder: Decoder, fabric: Fabric) -> str:
+    """What the model now answers to the sample prompt, greedily."""
+    if question is None:
         return ""
-    ids = base.tokenizer.encode_prompt(data.style.prompt(instruction, extra))
+    instruction, ids = question
     decoder.eval()
     with fabric.autocast():
         stop_ids, vocab_size = base.tokenizer.stop_ids, base.tokenizer.vocab_size

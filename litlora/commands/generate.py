@@ -61,6 +61,8 @@ def run(args: Args) -> None:
         if getattr(args, name) < 1:
             raise InputError(f"--{name} is out of range", got=getattr(args, name), wanted="at least 1")
     check_out_file(args.out_file, args.overwrite)
+    if args.out_file and args.prompt_file and args.out_file.resolve() == args.prompt_file.resolve():
+        raise InputError("the answers would replace --prompt_file", where=args.out_file, fix="another --out_file")
     prompts = read_prompts(args.prompt, args.input, args.prompt_file)
     opened = open_model(args, otherwise="none")
     requests = make_requests(prompts, opened, args)
@@ -102,8 +104,9 @@ def make_requests(prompts: Sequence[Prompt], opened: OpenModel, args: Args) -> l
 
 def all_answers(model: Decoder, opened: OpenModel, requests: Sequence[Request], args: Args) -> Iterator[Piece]:
     """Batch after batch; `row` of a piece counts through all requests."""
-    smaller = f"--batch_size {max(1, args.batch_size // 2)}" if args.batch_size > 1 else "--quantize bnb.nf4-dq"
-    what = f"keys and values of {min(args.batch_size, len(requests))} rows"
+    rows = min(args.batch_size, len(requests))
+    smaller = f"--batch_size {rows // 2}" if rows > 1 else "--quantize bnb.nf4-dq, or a smaller --max_new_tokens"
+    what = f"keys and values of {rows} rows"
     with explained_memory(what, smaller), opened.precision.forward_context():
         for first in range(0, len(requests), args.batch_size):
             batch = requests[first : first + args.batch_size]

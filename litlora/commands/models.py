@@ -107,7 +107,8 @@ class OpenModel:
         """The model on its device, adapters unmerged over it."""
         assert self.base.weights is not None
         precision = self.precision
-        with explained_memory(f"the weights of {self.base.path}", "--quantize bnb.nf4-dq, or --accelerator cpu"):
+        fix = "--accelerator cpu" if precision.quantizer.name else "--quantize bnb.nf4-dq, or --accelerator cpu"
+        with explained_memory(f"the weights of {self.base.path}", fix):
             model = load_model(
                 self.base.weights,
                 precision.quantizer,

@@ -24,7 +24,14 @@ class Prompt:
     row: Mapping[str, Any] = field(default_factory=dict)
 
     def render(self, style: PromptStyle) -> str:
-        return style.chat(self.messages) if self.messages else style.prompt(self.instruction, self.input)
+        """The text for the model. Raises InputError where it is no Unicode: bytes of a command line that are not
+        UTF-8, half a surrogate pair in JSON."""
+        text = style.chat(self.messages) if self.messages else style.prompt(self.instruction, self.input)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError("a prompt with broken Unicode", where=self.where, got=ascii(error.object)[:80]) from None
+        return text
 
 
 def read_prompts(prompt: str | None, input: str, file: Path | None) -> list[Prompt]:
@@ -38,7 +45,10 @@ def read_prompts(prompt: str | None, input: str, file: Path | None) -> list[Prom
     if prompt is None:
         if sys.stdin is None or sys.stdin.isatty():
             raise InputError("no prompt", wanted="--prompt, --prompt_file, or text on stdin")
-        prompt = sys.stdin.read().rstrip("\r\n")
+        try:
+            prompt = sys.stdin.read().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError("stdin is not UTF-8 text", got=error) from None
         if not prompt:
             raise InputError("no prompt: stdin is empty", wanted="--prompt, --prompt_file, or text on stdin")
         return [Prompt("stdin", prompt, input)]

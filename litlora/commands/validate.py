@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from litlora.commands.common import held_out, tokenize
-from litlora.commands.models import ModelArgs, open_model
+from litlora.commands.models import ModelArgs, explained_memory, open_model
 from litlora.data import load_rows
 from litlora.errors import InputError
 from litlora.memory import choose_micro_batch
@@ -64,6 +64,9 @@ class Args:
 
 def run(args: Args) -> None:
     """Prints {"val_loss": …, "perplexity": …, "rows": …, "trained_tokens": …} on stdout. Raises InputError."""
+    if args.micro_batch_tokens is not None and args.micro_batch_tokens < 1:
+        got = args.micro_batch_tokens
+        raise InputError("a flag out of range", where="--micro_batch_tokens", got=got, wanted="at least 1")
     model_args = ModelArgs(
         checkpoint_dir=args.checkpoint_dir,
         lora_path=args.lora_path,
@@ -87,7 +90,8 @@ def run(args: Args) -> None:
     longest = int(dataset.lengths.max())
     tokens = args.micro_batch_tokens or choose_micro_batch(model.base.config, itemsize, longest, device, "none").tokens
     batches = micro_batches(dataset, list(range(len(dataset))), max_tokens=tokens, max_rows=None)
-    with model.precision.forward_context():
+    what, fix = f"activations of {tokens} tokens", f"--micro_batch_tokens {max(1, tokens // 2)}"
+    with explained_memory(what, fix), model.precision.forward_context():
         loss = validation_loss(CausalLoss(decoder), batches, device)
     trained = sum(batch.trained_tokens for batch in batches)
     print(json.dumps({"val_loss": loss, "perplexity": math.exp(loss), "rows": len(rows), "trained_tokens": trained}))

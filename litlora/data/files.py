@@ -25,7 +25,7 @@ def read_text(path: Path) -> str:
     """A UTF-8 file. Raises InputError: missing, a directory, empty, not UTF-8."""
     if not path.is_file():
         what = "the data file is a directory" if path.is_dir() else "the data file does not exist"
-        raise InputError(what, where=path, fix="give the file with --data_path")
+        raise InputError(what, where=path, fix="check the path")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -43,7 +43,7 @@ def read_table(path: Path) -> Table:
     Raises InputError, with the line, where the file is malformed.
     """
     suffix = path.suffix.lower()
-    if suffix not in (".json", ".jsonl", ".csv"):
+    if path.is_file() and suffix not in (".json", ".jsonl", ".csv"):
         raise InputError("this kind of data file is unknown", where=path, wanted="a .json, .jsonl or .csv file")
     text = read_text(path)
     if suffix == ".csv":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +80,7 @@ class PromptStyle:
         if name in STYLES:
             return cls(name, None, tokenizer)
         path = Path(name)
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, False for a name that no file can have
             wanted = f"{', '.join(STYLES)}, or a template file"
             raise InputError("unknown prompt style", where="--prompt_style", got=name, wanted=wanted)
         try:

@@ -48,7 +48,17 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, directory: Path) -> TokenizerFiles:
-        """Raises InputError, naming the file, where one is there and is not a JSON object."""
+        """Raises InputError, naming the file, where one is there and is not a JSON object, or not of its shape."""
+        try:
+            return cls._read(directory)
+        except InputError:
+            raise
+        except (ValueError, TypeError, AttributeError) as error:
+            where = f"tokenizer_config.json or added_tokens.json in {directory}"
+            raise InputError("tokenizer settings of the wrong shape", where=where, got=error) from error
+
+    @classmethod
+    def _read(cls, directory: Path) -> TokenizerFiles:
         config = _read_object(directory / "tokenizer_config.json")
         special_map = _read_object(directory / "special_tokens_map.json")
         both = {**special_map, **{key: value for key, value in config.items() if value is not None}}
@@ -122,7 +132,10 @@ def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     """The file wins over tokenizer_config.json, whose list of named templates means the one called default."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError("the chat template is not UTF-8 text", where=path, got=error) from error
     template = config.get("chat_template")
     if isinstance(template, list):
         template = next((item.get("template") for item in template if item.get("name") == "default"), None)
