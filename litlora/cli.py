@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
 import importlib
 import inspect
 import io
@@ -57,10 +58,12 @@ def call(argv: Sequence[str] | None = None) -> int:
     except SystemExit as error:  # --help and --print_config
         code = error.code if isinstance(error.code, int) else 0
     except OSError as error:
-        if error.errno is None or error.filename is None:
-            code = _fail(_internal(error), 1, debug)
-        else:  # a file's name that is too long, rights, a disk that is full
+        if error.errno is not None and error.filename is not None:  # rights, a name that is too long
             code = _fail(f"error: {InputError(str(error.strerror), where=error.filename)}", 2, debug)
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):  # while writing: no name comes with these
+            code = _fail(f"error: {error.strerror}\n  fix:    free some space, and run again", 1, debug)
+        else:
+            code = _fail(_internal(error), 1, debug)
     except Exception as error:
         if type(error).__name__ in CLEAN_ERRORS:
             code = _fail(f"error: {error}", 1, debug)

@@ -147,8 +147,9 @@ class Merge:
         info = self.source(name)
         if name.removesuffix(".weight") in self.rounded:
             # whole: doubly quantized scales hang together across the tensor
-            weight = info.read().to(_rounding_device())
-            dense = _quantizer(str(self.base_rounding), info.dtype).freeze(weight, None).dense_weight().cpu()
+            quantizer, device = _quantizer(str(self.base_rounding), info.dtype), _rounding_device()
+            # in one expression: the weight is let go of before the rounded one is made
+            dense = quantizer.freeze(info.read().to(device), None).dense_weight().cpu()
             # copies: a view that is still in somebody's hands would keep the whole tensor
             yield from (part.clone() for part in torch.split(dense, [block.shape[0] for block in row_blocks(info)]))
         else:

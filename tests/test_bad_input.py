@@ -3,6 +3,7 @@ long work, and nothing on the disk is touched."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -1016,7 +1017,7 @@ def out_dir_not_writable(desk: Desk) -> dict[str, Any]:
     return {}
 
 
-@case(WRITING, "not writable", "where:  locked")
+@case(WRITING, "not writable", "where:  ", "locked")
 def out_dir_locked(desk: Desk) -> dict[str, Any]:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
@@ -1066,6 +1067,34 @@ def test_is_refused(
     message = refusal(desk, capsys, *desk.line(command, flags))
     for text in said:
         assert text in message, message
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "secret.json"),
+            2,
+            "error: Permission denied\n  where:  secret",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            1,
+            "error: No space left on device\n  fix:    free some space",
+        ),
+        (OSError("a library does not load"), 1, "internal error: OSError: a library does not load"),
+    ],
+    ids=str,
+)
+def test_what_the_system_refuses(
+    error: OSError, code: int, said: str, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> None:
+        raise error
+
+    desk.patch.setattr(validate, "run", run)
+    assert call(desk.line(VALIDATE, {})) == code
+    assert capsys.readouterr().err.startswith(said)
 
 
 # --- a GPU that is too small ------------------------------------------------------------------------------------------
@@ -1148,3 +1177,11 @@ def test_out_of_memory_in_answers_and_in_validation(card: Desk, capsys: pytest.C
     message = refusal(card, capsys, *card.line(VALIDATE, {"micro_batch_tokens": 512}))
     assert "activations of 512 tokens" in message
     assert "fix:    --micro_batch_tokens 256" in message
+
+
+def test_a_validation_row_longer_than_the_context_is_not_asked(card: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is cut where it is validated on; as a sample to answer it leaves no room, and the next one is taken."""
+    rows = [{"instruction": "many words " * 600, "output": "b"}, {"instruction": "Why so?", "output": "c"}]
+    data = card.write("held.json", rows)
+    assert call(card.line(FINETUNE, {"val_path": data, "max_steps": 1, "warmup_steps": 0})) == 0
+    assert "'Why so?' -> " in capsys.readouterr().err
