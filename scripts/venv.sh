@@ -14,6 +14,6 @@ make_venv() {
     }
     echo "installing into $dir (the first time takes minutes: torch)" >&2
     "$python" -m venv "$dir"
-    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
+    "$dir/bin/python" -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e ".$extras"
     echo "$state" >"$stamp"
 }
