@@ -28,9 +28,8 @@ COMMANDS = {
     "download": "fetch a model from the Hugging Face hub",
     "convert": "make a Hugging Face directory of Meta's original checkpoint",
 }
-EPILOG = (
-    """Every command takes --help, --config FILE.yaml (flags override it), --print_config, and --debug (tracebacks)."""
-)
+EPILOG = """Every command takes --help, --config FILE.yaml (flags override it), --print_config, and --debug (tracebacks).
+`litlora completion` prints a script that completes commands and flags in bash and zsh."""
 # What a command may end with that is no bug: its message says all.
 CLEAN_ERRORS = ("VerifyError", "TrainingError")
 
@@ -93,6 +92,11 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"litlora {__version__}")
         return 0
     name = arguments[0]
+    if name == "completion":
+        from litlora.completion import completion
+
+        print(completion(COMMANDS))
+        return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         raise InputError(

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "litlora"
 FLOORS = [  # from the top down; rooms of one floor may use each other, but in no circle
-    "__main__ cli",
+    "__main__ cli completion",
     "commands",
     "load decode train merge merge_verify merge_write answers memory precision optimizers run_files hub meta_format",
     "peft_format model packing sampling meta_tokenizer",

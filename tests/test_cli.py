@@ -109,3 +109,19 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     failing(InputError("bad thing"))
     with pytest.raises(InputError):
         call([*line, "--debug"])
+
+
+def test_completion_in_bash(capsys: pytest.CaptureFixture[str]) -> None:
+    """The script is run by a real bash, as it does when somebody presses the tabulator."""
+    assert call(["completion"]) == 0
+    script = capsys.readouterr().out
+
+    def complete(*words: str) -> list[str]:
+        line = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _litlora; echo ${{COMPREPLY[@]}}"
+        done = subprocess.run(["bash", "-c", f"{script}\n{line}"], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    assert complete("litlora", "merge") == ["merge_lora"]
+    assert complete("litlora", "finetune_lora", "--lora_pr") == ["--lora_projection"]
+    assert {"--temperature", "--prompt_file", "--lora_path"} <= set(complete("litlora", "generate", "--"))
+    assert complete("litlora", "generate", "nothing-like-it") == []
