@@ -28,7 +28,7 @@ COMMANDS = {
     "download": "fetch a model from the Hugging Face hub",
     "convert": "make a Hugging Face directory of Meta's original checkpoint",
 }
-EPILOG = """Every command takes --help, --config FILE.yaml (flags override it), --print_config, and --debug (tracebacks).
+EPILOG = """Every command takes --help, --config FILE.yaml (flags override it), --print_config and --debug (tracebacks).
 `litlora completion` prints a script that completes commands and flags in bash and zsh."""
 # What a command may end with that is no bug: its message says all.
 CLEAN_ERRORS = ("VerifyError", "TrainingError")
