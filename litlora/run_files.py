@@ -54,7 +54,7 @@ class RunFiles:
         for directory in (self.last, self.out_dir) if best else (self.last,):
             directory.mkdir(exist_ok=True)
             save_adapter(directory, modules, lora, record, dtype)
-            if directory is self.last:
+            if directory == self.last:
                 write_text(directory / SETTINGS, (self.out_dir / SETTINGS).read_text())
 
     def check_saved(self, modules: Mapping[str, LoRALinear], config: ModelConfig, dtype: torch.dtype) -> None:

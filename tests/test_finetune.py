@@ -60,6 +60,7 @@ def test_a_run_leaves_adapter_settings_metrics_and_summary(tmp_path: Path, capsy
     for line in ("Training time: ", "Tokens: ", "Memory used: ", "Trainable parameters: ", "Validation loss: "):
         assert line in said
     assert (out / "last" / WEIGHTS).is_file()
+    assert (out / "last" / "hyperparameters.yaml").read_text() == (out / "hyperparameters.yaml").read_text()
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -194,3 +195,27 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_rows(
     assert "the step was not taken" in message
     assert "rows [" in message
     assert "Traceback" not in message
+
+
+def test_the_settings_of_a_run_are_a_config_again(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert finetune(first, lora_key="true", lora_alpha=12) == 0
+    settings = str(first / "hyperparameters.yaml")
+    assert call(["finetune_lora", "--config", settings, "--out_dir", str(second)]) == 0
+    assert (first / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
+
+
+def test_steps_without_any_trained_token_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An instruction as long as the context leaves no room for its answer: nothing of the row is trained."""
+    rows = [{"instruction": "What is 2 plus 2?", "output": "4"}] * 4 + [
+        {"instruction": "a b " * 400, "output": "c"}
+    ] * 4
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(rows))
+    flags = {"batch_size": 4, "val_split": 0, "mask_prompt": "true", "shuffle": "false", "max_steps": 5, "epochs": 2}
+    assert finetune(tmp_path / "run", data_path=data, **flags) == 0
+    said = capsys.readouterr().err
+    assert "4 without any trained token" in said
+    assert "2 steps hold no trained token at all" in said
+    assert [row["step"] for row in metrics(tmp_path / "run")] == ["1", "2"]
+    assert (tmp_path / "run" / WEIGHTS).is_file()

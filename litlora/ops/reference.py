@@ -16,9 +16,14 @@ IGNORED = -100  # the label of a position that is not trained
 LOGITS_BYTES = 256 * 2**20  # fp32 logits held at a time
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """fp64 stays, so that tests can be exact."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., C), weight (C,): normalized in fp32, cast, then scaled, in this order as transformers does."""
-    wide = x.float()
+    wide = at_least_fp32(x)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * wide.to(x.dtype)
 
@@ -54,4 +59,4 @@ def linear_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
 
 
 def _chunk_loss(head: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(head(x).float(), labels, reduction="sum")
+    return F.cross_entropy(at_least_fp32(head(x)), labels, reduction="sum")

@@ -1,0 +1,145 @@
+"""The flags of finetune_lora: what they are called, and what they may be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from litlora.errors import InputError
+
+
+@dataclass(frozen=True)
+class Args:
+    """Finetune a Hugging Face model with LoRA, or QLoRA with --quantize.
+
+    Args:
+        checkpoint_dir: the base model's Hugging Face directory
+        out_dir: where the adapter goes (the last one in last/), metrics.csv, summary.json, hyperparameters.yaml
+        data: the kind of data; json has instruction columns, messages or conversations, text is plain text
+        data_path: the data file; alpaca, lima and dolly are fetched from the hub without it
+        val_path: validation data of the same kind, instead of a split
+        val_split: validation rows as a count or a share, 0 for none; 2000, or 5 % where there are fewer than 20000 rows
+        multiturn: train on all turns of LIMA's conversations instead of the first
+        prompt_style: alpaca, chat (the model's own template), none, or a template file
+        mask_prompt: train on the response only
+        max_seq_length: tokens a row may have; the model's context without it
+        on_overlong: what to do with rows that are longer
+        shuffle: false keeps the file's order, in every epoch
+        precision: of weights and products; bf16-true on a GPU that has it, else 32-true
+        quantize: QLoRA: the format of the frozen weights
+        quantize_head: also quantize lm_head
+        accelerator: auto takes the GPU where there is one
+        devices: how many; 1 for now
+        learning_rate: peak of the schedule
+        batch_size: examples per optimizer step
+        micro_batch_tokens: tokens per micro-batch; as many as the free memory holds without it
+        micro_batch_size: examples per micro-batch, instead of micro_batch_tokens
+        activation_checkpointing: full recomputes each block in the backward pass; auto does where a row needs it
+        epochs: passes over the data
+        max_steps: optimizer steps at most
+        weight_decay: AdamW's or SGD's, on all adapter weights
+        warmup_steps: optimizer steps in which the rate rises from 0
+        max_norm: clip gradients to this norm; no clipping without it
+        optimizer: adamw_8bit holds its state in 8 bit
+        lr_schedule: after the warm-up; cosine is half a cycle
+        lora_r: rank
+        lora_alpha: the update is scaled by alpha / r
+        lora_dropout: on the adapter's input
+        lora_query: adapt q_proj
+        lora_key: adapt k_proj
+        lora_value: adapt v_proj
+        lora_projection: adapt o_proj
+        lora_mlp: adapt gate_proj, up_proj and down_proj
+        lora_head: adapt lm_head
+        lora_rslora: scale by alpha / sqrt(r)
+        lora_dtype: of the adapter while it trains
+        save_dtype: of the adapter's file; lora_dtype without it
+        lora_path: start from this adapter, ours or PEFT's; its r, alpha and targets hold
+        eval_interval: optimizer steps between validations
+        log_interval: optimizer steps between plain progress lines, off a terminal
+        sample_prompt: an instruction to answer at each validation; the first validation row's without it
+        seed: of the adapter's start, dropout, data order and split
+        overwrite: replace a run that is in out_dir
+        dry_run: needs only config.json, tokenizer and data; prints parameters, tokens, steps, and stops
+    """
+
+    checkpoint_dir: Path
+    out_dir: Path = Path("out/finetune_lora")
+    data: Literal["alpaca", "lima", "dolly", "json", "text"] = "alpaca"
+    data_path: Path | None = None
+    val_path: Path | None = None
+    val_split: float | None = None
+    multiturn: bool = False
+    prompt_style: str | None = None
+    mask_prompt: bool = False
+    max_seq_length: int | None = None
+    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
+    shuffle: bool = True
+    precision: Literal["bf16-true", "bf16-mixed", "32-true"] | None = None
+    quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"] | None = None
+    quantize_head: bool = False
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int = 1
+    learning_rate: float = 3e-4
+    batch_size: int = 128
+    micro_batch_tokens: int | None = None
+    micro_batch_size: int | None = None
+    activation_checkpointing: Literal["auto", "none", "full"] = "auto"
+    epochs: int = 1
+    max_steps: int | None = None
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    max_norm: float | None = None
+    optimizer: Literal["adamw", "sgd", "adamw_8bit"] = "adamw"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lora_r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.05
+    lora_query: bool = True
+    lora_key: bool = False
+    lora_value: bool = True
+    lora_projection: bool = False
+    lora_mlp: bool = False
+    lora_head: bool = False
+    lora_rslora: bool = False
+    lora_dtype: Literal["float32", "bfloat16"] = "float32"
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    lora_path: Path | None = None
+    eval_interval: int = 100
+    log_interval: int = 10
+    sample_prompt: str | None = None
+    seed: int = 1337
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+def check_flags(args: Args) -> None:
+    """Raises InputError for flags out of range."""
+    for name in ("batch_size", "epochs", "eval_interval", "log_interval", "lora_r", "devices"):
+        require(name, getattr(args, name), getattr(args, name) >= 1, "at least 1")
+    for name in ("max_steps", "micro_batch_tokens", "micro_batch_size", "max_seq_length"):
+        value = getattr(args, name)
+        require(name, value, value is None or value >= 1, "at least 1")
+    for name in ("warmup_steps", "weight_decay"):
+        require(name, getattr(args, name), 0 <= getattr(args, name) < math.inf, "0 or more")
+    require("learning_rate", args.learning_rate, 0 < args.learning_rate < math.inf, "above 0")
+    require("seed", args.seed, 0 <= args.seed < 2**32, "0 to 2**32 - 1")
+    require("max_norm", args.max_norm, args.max_norm is None or args.max_norm > 0, "above 0")
+    require("devices", args.devices, args.devices == 1, "1: several GPUs are not supported yet")
+    if args.micro_batch_tokens is not None and args.micro_batch_size is not None:
+        raise InputError("two sizes of a micro-batch", got="--micro_batch_tokens and --micro_batch_size", wanted="one")
+
+
+def check_paths(args: Args) -> None:
+    """Raises InputError where the run would replace what it is made from."""
+    out = args.out_dir.resolve()
+    for flag, path in (("checkpoint_dir", args.checkpoint_dir), ("lora_path", args.lora_path)):
+        if path is not None and path.resolve() in (out, out / "last"):
+            raise InputError(f"the run would replace --{flag}", where=args.out_dir, got=path, fix="another --out_dir")
+
+
+def require(flag: str, value: object, fine: bool, wanted: str) -> None:
+    if not fine:
+        raise InputError("a flag out of range", where=f"--{flag}", got=value, wanted=wanted)
