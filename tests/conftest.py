@@ -6,8 +6,13 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+# CI judges a change, not its luck: there, the same examples each time; at home, new ones
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 # Small matrices: threads would only wait for each other, and for the other worker. Before torch is imported anywhere,
 # and for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
