@@ -83,6 +83,8 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"] and len(arguments) > 1:  # litlora help COMMAND
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0 if arguments else 2
@@ -95,6 +97,11 @@ def _dispatch(arguments: list[str]) -> int:
     if name == "completion":
         from litlora.completion import completion
 
+        if arguments[1:] in (["-h"], ["--help"]):
+            print("usage: litlora completion\n\nPrint a script that completes commands and flags in bash and zsh.")
+            return 0
+        if len(arguments) > 1:
+            raise InputError("completion takes no flags", got=" ".join(arguments[1:]), fix="leave them out")
         print(completion(COMMANDS))
         return 0
     if name not in COMMANDS:

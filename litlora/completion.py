@@ -12,7 +12,8 @@ def completion(commands: Iterable[str]) -> str:
     lines = ["_litlora() {", '    local current=${COMP_WORDS[COMP_CWORD]} words=""', "    case ${COMP_WORDS[1]} in"]
     for name in commands:
         fields = dataclasses.fields(importlib.import_module(f"litlora.commands.{name}").Args)
-        names = [*(field.name for field in fields), "config", "print_config", "help", "debug"]
+        flags = [field.name for field in fields if field.default is not dataclasses.MISSING or name != "download"]
+        names = [*flags, "config", "print_config", "help", "debug"]
         lines.append(f'        {name}) words="{" ".join(f"--{flag}" for flag in names)}" ;;')
     lines.append("    esac")
     lines.append(f'    [ "$COMP_CWORD" = 1 ] && words="{" ".join(commands)}"')

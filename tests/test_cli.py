@@ -125,3 +125,15 @@ def test_completion_in_bash(capsys: pytest.CaptureFixture[str]) -> None:
     assert complete("litlora", "finetune_lora", "--lora_pr") == ["--lora_projection"]
     assert {"--temperature", "--prompt_file", "--lora_path"} <= set(complete("litlora", "generate", "--"))
     assert complete("litlora", "generate", "nothing-like-it") == []
+    assert complete("litlora", "download", "--re") == ["--revision"]  # its repo_id has no flag
+
+
+def test_help_of_a_command_in_other_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["help", "download"]) == 0
+    assert "usage: litlora download" in capsys.readouterr().out
+    assert call(["help", "completion"]) == 0
+    assert "usage: litlora completion" in capsys.readouterr().out
+    assert call(["help", "downlod"]) == 2
+    assert "litlora download" in capsys.readouterr().err
+    assert call(["completion", "zsh"]) == 2
+    assert "takes no flags" in capsys.readouterr().err

@@ -458,7 +458,7 @@ def test_verify_says_what_rounding_cost(job: Args, tmp_path: Path, capsys: pytes
     prompts.write_text("\n".join(map(json.dumps, rows)))
     run(replace(job, verify=True, verify_prompts=prompts))
     said = capsys.readouterr()
-    assert "bfloat16 swallowed" in said.err
+    assert "rounding to bfloat16 cost" in said.err
     assert "in 2 prompts" in said.err
     assert said.out == f"{job.out_dir}\n"
     verified = json.loads((job.out_dir / RECORD).read_text())["verified"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,3 +197,12 @@ def test_rms_norm_and_rope_keep_the_dtype_of_x() -> None:
     assert rotated.dtype == torch.bfloat16
     wide = reference.rope(x.float(), angle.cos(), angle.sin())
     torch.testing.assert_close(wide.norm(dim=-1), x.float().norm(dim=-1))  # a rotation keeps lengths
+
+
+def test_attention_on_a_cpu_does_not_import_torchs_compiler() -> None:
+    """It takes a second and 80 MB, in the middle of the first answer."""
+    code = (
+        "import sys, torch; from litlora.ops.attention import can_varlen; "
+        "assert not can_varlen(torch.zeros(1, 1, 4), None); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -284,9 +284,13 @@ def announce(job: Job) -> None:
     say(f"model: {args.checkpoint_dir}: {total:,} parameters, {args.quantize or 'not quantized'}, {args.precision}")
     say(f"adapter: r {lora.r}, alpha {lora.alpha:g}, {', '.join(lora.targets)}: {trainable:,} trainable parameters")
     per_epoch = -(-len(data.train) // args.batch_size)
+    steps_of = f"{steps:,} step{'s' * (steps != 1)} of {args.batch_size} rows"
     say(
-        f"training: {len(data.train):,} rows, {data.train_tokens:,} tokens, {steps:,} steps of {args.batch_size} rows "
+        f"training: {len(data.train):,} rows, {data.train_tokens:,} tokens, {steps_of} "
         f"({per_epoch:,} an epoch); validation: {len(data.validation):,} rows"
     )
     if args.warmup_steps >= steps:
-        say(f"note: --warmup_steps {args.warmup_steps} is not less than the {steps} steps: the rate never gets full")
+        say(
+            f"note: --warmup_steps {args.warmup_steps} is not less than the number of steps, {steps}: "
+            "the learning rate never reaches its peak"
+        )

@@ -84,7 +84,9 @@ def run(args: Args) -> None:
     for note in merge.notes():
         say(note)
     shards = len(merge.base.checkpoint.shards)
-    size = f"{merge.tensor_bytes / 1e9:.2f} GB in {shards} file{'s' if shards > 1 else ''}"
+    amount = merge.tensor_bytes
+    size = f"{amount / 1e9:.2f} GB" if amount >= 1e8 else f"{amount / 1e6:.1f} MB"
+    size = f"{size} in {shards} file{'s' if shards > 1 else ''}"
     say(f"merging {len(merge.adapted)} linears of {args.checkpoint_dir}, {size}, into {args.out_dir}")
     if merge.unties:
         say("note: the head was the embedding's own tensor; it becomes one of its own (tie_word_embeddings: false)")
@@ -202,7 +204,7 @@ def report(merge: Merge, swallowed: Swallowed, cost: Cost) -> None:
         f"{len(names) - touched} are byte for byte the base's"
     )
     say(
-        f"verify: {dtype} swallowed {swallowed.overall:.2%} of ‖ΔW‖ "
+        f"verify: rounding to {dtype} cost {swallowed.overall:.2%} of ‖ΔW‖ "
         f"(most in {swallowed.worst_tensor}: {swallowed.worst:.2%})"
     )
     say(
@@ -214,4 +216,4 @@ def report(merge: Merge, swallowed: Swallowed, cost: Cost) -> None:
         f"computed in {cost.computed_in})"
     )
     if swallowed.overall > 0.1 and dtype != "float32":
-        say(f"note: {dtype} drops more than a tenth of the update; --dtype float32 keeps it, at more disk")
+        say(f"note: {dtype} rounds away more than a tenth of the update; --dtype float32 keeps it, at more disk")

@@ -146,7 +146,7 @@ def _choose_style(args: ModelArgs, base: Base, adapters: Sequence[Adapter], othe
     if not records and merged.is_file():
         raw = read_json(merged)
         if isinstance(raw.get("prompt_style"), str):
-            records[raw["prompt_style"], raw.get("prompt_template")] = merged
+            records[raw["prompt_style"], raw.get("prompt_template")] = base.path
     if len(records) > 1:
         raise InputError(
             "the adapters were trained with different prompt styles",

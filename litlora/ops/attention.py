@@ -73,8 +73,10 @@ def _varlen_parameters() -> frozenset[str]:
 def can_varlen(q: Tensor, window: int | None) -> bool:
     """Whether torch's variable-length flash attention takes this: a CUDA card since Ampere, 16 bit, and for a window
     a torch that has the argument (2.11 has only causal or not in some builds)."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
+        return False  # asked first: torch's varlen imports torch._dynamo, a second that a CPU need not wait
     names = _varlen_parameters()
-    if not names or not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
+    if not names:
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0) and (window is None or "window_size" in names)
 
