@@ -363,7 +363,9 @@ def test_the_prompt_style_is_the_adapters_then_the_models(
     for file in base.iterdir():
         (merged / file.name).write_bytes(file.read_bytes())
     (merged / RECORD).write_text(json.dumps({"prompt_style": "alpaca", "prompt_template": None}))
+    capsys.readouterr()
     assert "### Instruction:\nQ" in style(merged)
+    assert f"(as {merged} was trained)" in capsys.readouterr().err
     (merged / RECORD).write_text(json.dumps({"prompt_style": None}))
     assert style(merged) == "Q"
 
