@@ -615,7 +615,7 @@ def data_malformed(desk: Desk) -> dict[str, Any]:
     return {"data_path": desk.write("rows.json", '[\n{"instruction": "a", "output": "b"},\n{"instruction": \n]')}
 
 
-@case(DATA, "malformed JSON", "rows.jsonl, line 2")
+@case(DATA, "malformed JSON", "rows.jsonl, line 2", ", column ")
 def data_lines_malformed(desk: Desk) -> dict[str, Any]:
     return {"data_path": desk.write("rows.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": ')}
 

@@ -86,7 +86,9 @@ def _json_lines(path: Path, text: str) -> Table:
             values.append((number, json.loads(line)))
         except (json.JSONDecodeError, RecursionError) as error:
             wanted = "one JSON value a line"
-            raise InputError("malformed JSON", where=f"{path}, line {number}", got=error, wanted=wanted) from error
+            # the error counts lines within this one
+            got = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise InputError("malformed JSON", where=f"{path}, line {number}", got=got, wanted=wanted) from error
     return Table(path, "line", values)
 
 
