@@ -33,6 +33,11 @@ class RunFiles:
     def last(self) -> Path:
         return self.out_dir / "last"
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether this run has saved one already."""
+        return (self.out_dir / RECORD).is_file()
+
     def check(self, overwrite: bool) -> None:
         """Raises InputError when out_dir cannot be written, or holds something that would be lost."""
         require_writable(self.out_dir, overwrite=overwrite)

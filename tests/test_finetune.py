@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from litlora.cli import call
+from litlora.commands import finetune_lora
 from litlora.peft_format import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
@@ -219,3 +221,24 @@ def test_steps_without_any_trained_token_are_left_out(tmp_path: Path, capsys: py
     assert "2 steps hold no trained token at all" in said
     assert [row["step"] for row in metrics(tmp_path / "run")] == ["1", "2"]
     assert (tmp_path / "run" / WEIGHTS).is_file()
+
+
+def test_an_interrupted_run_keeps_its_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C after the second step, before any validation."""
+    train = finetune_lora.train
+
+    def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for step in train(*args, **kwargs):
+            yield step
+            if step.number == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune_lora, "train", interrupted)
+    assert finetune(tmp_path / "run", eval_interval=100, max_steps=10) == 130
+    assert "interrupted after step 2 of 10" in capsys.readouterr().err
+    for directory in (tmp_path / "run", tmp_path / "run" / "last"):
+        assert json.loads((directory / "litlora.json").read_text())["step"] == 2
+        assert (directory / WEIGHTS).is_file()
+    assert len(metrics(tmp_path / "run")) == 2

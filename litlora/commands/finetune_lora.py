@@ -186,6 +186,12 @@ def fit(job: Job, fabric: Fabric, decoder: Decoder) -> None:
                 progress.step(step.number, live(step, seconds, tokens, device), left)
     except torch.cuda.OutOfMemoryError as error:
         raise memory_advice(job, decoder, micro) from error
+    except KeyboardInterrupt:
+        if step is not None:
+            record = replace(record, step=step.number, val_loss=val_loss)
+            files.save(modules, job.lora, record, job.save_dtype, best=not files.has_adapter)
+            say(f"interrupted after step {step.number} of {steps}: the adapter of that step is in {files.last}")
+        raise
     finally:
         csv.close()
     assert step is not None  # plan_steps holds at least one

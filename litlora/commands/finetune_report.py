@@ -66,7 +66,8 @@ def summarize(
 
 def report(summary: dict[str, object], args: Args) -> None:
     """The articles' closing lines."""
-    say(f"Training time: {summary['training_seconds']:.2f} s ({duration(float(str(summary['training_seconds'])))})")
+    seconds = float(str(summary["training_seconds"]))
+    say(f"Training time: {seconds:.2f} s" + (f" ({duration(seconds)})" if seconds >= 60 else ""))
     say(f"Tokens: {summary['tokens']:,} ({summary['tokens_per_second']:,.0f} tokens/s)")
     say(f"Memory used: {summary['peak_memory_gb']:.2f} GB")
     say(f"Trainable parameters: {summary['trainable_parameters']:,}")
