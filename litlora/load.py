@@ -6,7 +6,9 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -18,8 +20,6 @@ from litlora.errors import InputError
 from litlora.frozen import Dense, Quantizer
 from litlora.model import Decoder
 from litlora.ops import Ops
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 class Weights(Protocol):
@@ -85,12 +85,13 @@ def meta_decoder(config: ModelConfig, ops: Ops | None = None) -> Decoder:
         return Decoder(config, ops)
 
 
-def expected_shapes(config: ModelConfig) -> Shapes:
-    """The tensors a checkpoint of this config holds; a tied head is not among them."""
+@lru_cache(maxsize=8)
+def expected_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """The tensors a checkpoint of this config holds; a tied head is not among them. Worked out once a config: random
+    weights ask for every tensor."""
     shapes = {name: tuple(p.shape) for name, p in meta_decoder(config).named_parameters()}
-    return {
-        name: shape for name, shape in shapes.items() if not (config.tie_word_embeddings and name.startswith("lm_"))
-    }
+    tied = config.tie_word_embeddings
+    return MappingProxyType({name: shape for name, shape in shapes.items() if not (tied and name.startswith("lm_"))})
 
 
 def parameter_count(config: ModelConfig) -> int:

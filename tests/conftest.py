@@ -46,3 +46,18 @@ def smollm2() -> Path:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITLORA_CACHE", str(tmp_path_factory.getbasetemp() / "litlora-cache"))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`bases("qwen3")`: a random checkpoint of a family, made once. Not to be changed."""
+    from tiny_models import make_family
+
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            made[family] = make_family(tmp_path_factory.mktemp("base") / family, family)
+        return made[family]
+
+    return get

@@ -29,19 +29,6 @@ from litlora.sequences import Packed
 LENGTHS = [90, 1, 17, 40]  # beyond LLAMA3_ROPE's boundary of 64, and all kinds of windows of 8
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One random checkpoint a family, made once. Not to be changed: `copy_of` makes another."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_family(tmp_path_factory.mktemp("base") / family, family)
-        return made[family]
-
-    return get
-
-
 def copy_of(directory: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(directory, tmp_path / "copy"))
 
@@ -63,8 +50,8 @@ def furthest(left: Tensor, right: Tensor) -> float:
 
 @pytest.mark.parametrize("style", [5, 4], ids=["transformers 5", "transformers 4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(family: str, style: int, checkpoints: Any, tmp_path: Path) -> None:
-    directory = checkpoints(family)
+def test_logits_are_those_of_transformers(family: str, style: int, bases: Any, tmp_path: Path) -> None:
+    directory = bases(family)
     if style == 4:
         directory = as_transformers_4(copy_of(directory, tmp_path))
     assert (directory / INDEX).exists()
@@ -107,12 +94,12 @@ NULL += [
     ids=lambda value: value or "absent",
 )
 def test_an_absent_key_means_what_it_means_in_transformers(
-    family: str, key: str, value: str | None, checkpoints: Any, tmp_path: Path
+    family: str, key: str, value: str | None, bases: Any, tmp_path: Path
 ) -> None:
     """The defaults that config.json leaves out are the family's, not Llama's."""
     from transformers import AutoConfig
 
-    directory = edit_config(as_transformers_4(copy_of(checkpoints(family), tmp_path)), **{key: value})
+    directory = edit_config(as_transformers_4(copy_of(bases(family), tmp_path)), **{key: value})
     theirs = AutoConfig.from_pretrained(directory)
     try:
         ours = ModelConfig.load(directory)
@@ -131,16 +118,16 @@ def test_an_absent_key_means_what_it_means_in_transformers(
     assert ours.qkv_bias == getattr(theirs, "attention_bias", ours.model_type == "qwen2")
 
 
-def test_both_config_styles_are_one_config(checkpoints: Any, tmp_path: Path) -> None:
+def test_both_config_styles_are_one_config(bases: Any, tmp_path: Path) -> None:
     for family in FAMILIES:
-        directory = copy_of(checkpoints(family), tmp_path / family)
+        directory = copy_of(bases(family), tmp_path / family)
         new = ModelConfig.load(directory)
         assert ModelConfig.load(as_transformers_4(directory)) == new
 
 
-def test_llama3_rope_has_short_middle_and_long_waves(checkpoints: Any) -> None:
+def test_llama3_rope_has_short_middle_and_long_waves(bases: Any) -> None:
     """Else the logits would not show how the middle is blended."""
-    config = ModelConfig.load(checkpoints("llama3"))
+    config = ModelConfig.load(bases("llama3"))
     plain = replace(config.rope, kind="default").inverse_frequencies(config.head_dim)
     ratio = plain / config.rope.inverse_frequencies(config.head_dim)
     assert (ratio == 1).any()
@@ -149,14 +136,14 @@ def test_llama3_rope_has_short_middle_and_long_waves(checkpoints: Any) -> None:
     assert max(LENGTHS) > config.rope.original_max_position_embeddings
 
 
-def test_an_old_type_key_names_the_rope(checkpoints: Any, tmp_path: Path) -> None:
-    directory = as_transformers_4(copy_of(checkpoints("llama-linear-rope"), tmp_path))
+def test_an_old_type_key_names_the_rope(bases: Any, tmp_path: Path) -> None:
+    directory = as_transformers_4(copy_of(bases("llama-linear-rope"), tmp_path))
     edit_config(directory, rope_scaling={"type": "linear", "factor": 4.0})
-    assert ModelConfig.load(directory) == ModelConfig.load(checkpoints("llama-linear-rope"))
+    assert ModelConfig.load(directory) == ModelConfig.load(bases("llama-linear-rope"))
 
 
-def test_sharded_is_unsharded(checkpoints: Any, tmp_path: Path) -> None:
-    directory = copy_of(checkpoints("llama3"), tmp_path)
+def test_sharded_is_unsharded(bases: Any, tmp_path: Path) -> None:
+    directory = copy_of(bases("llama3"), tmp_path)
     shards = sorted(directory.glob("*.safetensors"))
     assert len(shards) > 2
     sharded = packed_logits(load(directory), sequences_of(LENGTHS))
@@ -168,8 +155,8 @@ def test_sharded_is_unsharded(checkpoints: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_equals_one_by_one_and_neighbours_change_nothing(family: str, checkpoints: Any) -> None:
-    model, sequences = load(checkpoints(family)), sequences_of([33, 5, 64, 1, 12])
+def test_packed_equals_one_by_one_and_neighbours_change_nothing(family: str, bases: Any) -> None:
+    model, sequences = load(bases(family)), sequences_of([33, 5, 64, 1, 12])
     packed = packed_logits(model, sequences).split([len(ids) for ids in sequences])
     for ids, logits in zip(sequences, packed, strict=True):
         assert furthest(packed_logits(model, [ids]), logits) < 1e-5
@@ -179,8 +166,8 @@ def test_packed_equals_one_by_one_and_neighbours_change_nothing(family: str, che
         assert furthest(logits, packed[place]) < 1e-5
 
 
-def test_later_tokens_change_nothing(checkpoints: Any) -> None:
-    model, (ids,) = load(checkpoints("qwen3")), sequences_of([40])
+def test_later_tokens_change_nothing(bases: Any) -> None:
+    model, (ids,) = load(bases("qwen3")), sequences_of([40])
     changed = ids.clone()
     changed[25:] = (changed[25:] + 1) % 67
     before, after = packed_logits(model, [ids]), packed_logits(model, [changed])
@@ -188,9 +175,9 @@ def test_later_tokens_change_nothing(checkpoints: Any) -> None:
     assert furthest(before[25:], after[25:]) > 0.1
 
 
-def test_positions_are_exact_in_16_bit(checkpoints: Any) -> None:
+def test_positions_are_exact_in_16_bit(bases: Any) -> None:
     """bf16 has 8 bits: angles must be worked out in fp32, or every position beyond 256 is another one."""
-    model = load_model(Directory.open(checkpoints("llama3")), Dense(torch.bfloat16), dtype=torch.bfloat16, device="cpu")
+    model = load_model(Directory.open(bases("llama3")), Dense(torch.bfloat16), dtype=torch.bfloat16, device="cpu")
     assert model.inverse_frequencies.dtype == torch.float32
 
 
@@ -245,16 +232,16 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
 def test_a_llama_that_would_be_another_model_is_refused(
-    changes: dict[str, Any], words: list[str], checkpoints: Any, tmp_path: Path
+    changes: dict[str, Any], words: list[str], bases: Any, tmp_path: Path
 ) -> None:
     if "rope_scaling" in changes:
         changes = {**changes, "rope_parameters": None}
-    refused(edit_config(copy_of(checkpoints("llama"), tmp_path), **changes), *words)
+    refused(edit_config(copy_of(bases("llama"), tmp_path), **changes), *words)
 
 
-def test_two_rope_settings_that_contradict_each_other_are_refused(checkpoints: Any, tmp_path: Path) -> None:
+def test_two_rope_settings_that_contradict_each_other_are_refused(bases: Any, tmp_path: Path) -> None:
     """Someone added rope_scaling, as old guides say, to a file that transformers 5 wrote."""
-    directory = copy_of(checkpoints("llama"), tmp_path)
+    directory = copy_of(bases("llama"), tmp_path)
     refused(edit_config(directory, rope_scaling={"type": "linear", "factor": 2.0}), "rope_scaling and rope_parameters")
     new = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     agreed = ModelConfig.load(edit_config(directory, rope_parameters=new))
@@ -262,12 +249,12 @@ def test_two_rope_settings_that_contradict_each_other_are_refused(checkpoints: A
 
 
 @pytest.mark.parametrize("types", [["full_attention"], ["chunked_attention"] * 3, "full", [["x"]] * 3], ids=str)
-def test_qwens_odd_layer_types_are_refused(types: object, checkpoints: Any, tmp_path: Path) -> None:
-    refused(edit_config(copy_of(checkpoints("qwen2-window"), tmp_path), layer_types=types), "layer_types")
+def test_qwens_odd_layer_types_are_refused(types: object, bases: Any, tmp_path: Path) -> None:
+    refused(edit_config(copy_of(bases("qwen2-window"), tmp_path), layer_types=types), "layer_types")
 
 
-def test_harmless_keys_are_taken(checkpoints: Any, tmp_path: Path) -> None:
-    directory = copy_of(checkpoints("llama"), tmp_path)
+def test_harmless_keys_are_taken(bases: Any, tmp_path: Path) -> None:
+    directory = copy_of(bases("llama"), tmp_path)
     wanted = ModelConfig.load(directory)
     edit_config(directory, pretraining_tp=2, torch_dtype="bfloat16", attention_dropout=0, new_key="null")
     assert ModelConfig.load(directory) == wanted
@@ -310,14 +297,14 @@ def test_any_config_is_read_or_refused(family: str, changes: dict[str, Any]) -> 
 # Tensors that do not fit
 
 
-def test_all_mismatches_are_in_one_error(checkpoints: Any, tmp_path: Path) -> None:
-    found = expected_shapes(ModelConfig.load(checkpoints("qwen2")))
+def test_all_mismatches_are_in_one_error(bases: Any, tmp_path: Path) -> None:
+    found = dict(expected_shapes(ModelConfig.load(bases("qwen2"))))
     del found["model.layers.0.self_attn.q_proj.bias"], found["lm_head.weight"]
     found["model.layers.1.mlp.up_proj.weight"] = (3, 4)
     found["model.layers.1.self_attn.q_norm.weight"] = (8,)
     found["model.layers.0.self_attn.rotary_emb.inv_freq"] = (4,)
     with pytest.raises(InputError) as caught:
-        check_tensors(ModelConfig.load(checkpoints("qwen2")), found, tmp_path)
+        check_tensors(ModelConfig.load(bases("qwen2")), found, tmp_path)
     message = str(caught.value)
     assert "model.layers.0.self_attn.q_proj.bias is missing" in message
     assert "lm_head.weight is missing" in message
@@ -340,16 +327,16 @@ def test_all_mismatches_are_in_one_error(checkpoints: Any, tmp_path: Path) -> No
     ],
     ids=str,
 )
-def test_a_config_of_another_shape(changes: dict[str, Any], words: list[str], checkpoints: Any, tmp_path: Path) -> None:
-    directory = edit_config(copy_of(checkpoints("llama"), tmp_path), **changes)
+def test_a_config_of_another_shape(changes: dict[str, Any], words: list[str], bases: Any, tmp_path: Path) -> None:
+    directory = edit_config(copy_of(bases("llama"), tmp_path), **changes)
     with pytest.raises(InputError) as caught:
         Directory.open(directory)
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_a_tied_checkpoint_that_carries_a_head(equal: bool, checkpoints: Any, tmp_path: Path) -> None:
-    directory = copy_of(checkpoints("smollm2"), tmp_path)
+def test_a_tied_checkpoint_that_carries_a_head(equal: bool, bases: Any, tmp_path: Path) -> None:
+    directory = copy_of(bases("smollm2"), tmp_path)
     shards = sorted(directory.glob("*.safetensors"))
     tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     for file in (*shards, directory / INDEX):
@@ -363,9 +350,9 @@ def test_a_tied_checkpoint_that_carries_a_head(equal: bool, checkpoints: Any, tm
             Directory.open(directory)
 
 
-def test_every_bias_and_norm_of_a_tiny_checkpoint_is_random(checkpoints: Any) -> None:
+def test_every_bias_and_norm_of_a_tiny_checkpoint_is_random(bases: Any) -> None:
     """Else a forgotten bias would pass every test above."""
-    directory = checkpoints("llama-biases")
+    directory = bases("llama-biases")
     tensors = {n: t for f in directory.glob("*.safetensors") for n, t in load_file(f).items()}
     biases = [t for n, t in tensors.items() if n.endswith(".bias")]
     assert len(biases) == 2 * 7

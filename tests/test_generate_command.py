@@ -59,15 +59,6 @@ def make_tokenizer(directory: Path, template: str | None = None) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are faster on one, and slow when threads wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of 272 ids, 13 of them padding, and 256 tokens of context."""

@@ -56,19 +56,6 @@ TOGGLES = [
 ALL = TOGGLES[-1]
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """One random base a family, made once and never changed."""
-    made: dict[str, Path] = {}
-
-    def get(family: str) -> Path:
-        if family not in made:
-            made[family] = make_family(tmp_path_factory.mktemp("base") / family, family)
-        return made[family]
-
-    return get
-
-
 def load(base: Path) -> Decoder:
     return load_model(Directory.open(base), Dense(torch.float32), dtype=torch.float32, device="cpu").eval()
 
