@@ -6,6 +6,8 @@ import csv
 import io
 import resource
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -61,11 +63,15 @@ def _cell(value: object) -> str:
 
 
 class Progress:
-    """A live line on a terminal; off a terminal, plain lines every `interval` steps. All on stderr."""
+    """A live line on a terminal; off a terminal, plain lines every `interval` steps; `quiet`: neither. On stderr."""
 
-    def __init__(self, total: int, interval: int, label: str = "training") -> None:
-        self.total, self.interval, self.label = total, max(1, interval), label
-        self.bar = tqdm(total=total, desc=label, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+    def __init__(self, total: int, interval: int, label: str = "training", *, quiet: bool = False) -> None:
+        self.total, self.interval, self.label, self.quiet = total, max(1, interval), label, quiet
+        self.started, self.done = time.perf_counter(), 0
+        self.bar = None
+        if sys.stderr.isatty() and not quiet:
+            # the bar has what the figures leave of the line
+            self.bar = tqdm(total=total, desc=f"0/{total}", dynamic_ncols=True, bar_format="{desc}  |{bar}|")
 
     def __enter__(self) -> Progress:
         return self
@@ -74,22 +80,28 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self.bar is not None:
+            self.bar.refresh()
             self.bar.close()
 
-    def step(self, number: int, values: dict[str, str], remaining: float) -> None:
-        """`number` counts from 1; `remaining` in seconds."""
-        if self.bar is not None:
+    def step(self, number: int, values: Mapping[str, str], remaining: float | None = None) -> None:
+        """`number` counts from 1 (a resumed run's goes on). `remaining` in seconds; without it, at the pace of this
+        process so far, with all that happens between the steps."""
+        self.done += 1
+        if remaining is None:
+            remaining = (time.perf_counter() - self.started) / self.done * (self.total - number)
+        left = f"{duration(remaining)} left"
+        figures = [f"{key} {value}" for key, value in values.items()]
+        if self.bar is not None:  # a narrow terminal cuts the end off: the time left stands in front
+            self.bar.set_description_str("  ".join([f"{number}/{self.total}", left, *figures]), refresh=False)
             self.bar.update(number - self.bar.n)
-            self.bar.set_postfix(values, refresh=False)
-        elif number == 1 or number % self.interval == 0 or number == self.total:
-            text = " | ".join(f"{key} {value}" for key, value in values.items())
-            say(f"{self.label} step {number}/{self.total} | {text} | {duration(remaining)} left")
+        elif not self.quiet and (number == 1 or number % self.interval == 0 or number == self.total):
+            say(" | ".join([f"{self.label} step {number}/{self.total}", *figures, left]))
 
     def note(self, text: str) -> None:
-        """A line of its own, above the live one."""
+        """A line of its own, above the live one; nothing when quiet."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
-        else:
+        elif not self.quiet:
             say(text)
 
 
