@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
+from litlora.commands.data_flags import DataArgs
 from litlora.config import ModelConfig
 from litlora.data import STYLES, Conversation, Dataset, Instruction, PromptStyle, Row, load_rows, prepare, split
 from litlora.errors import InputError
@@ -14,6 +14,8 @@ from litlora.load import Directory
 from litlora.metrics import say
 from litlora.packing import Batch, micro_batches
 from litlora.tokenizer import Tokenizer
+
+VALIDATION_TOKENS = 2048  # a pack; without gradients it takes little memory wherever a model trains
 
 
 @dataclass(frozen=True)
@@ -60,31 +62,14 @@ class TrainingData:
         lengths = [self.dataset.lengths[self.train], self.validation_dataset.lengths[self.validation]]
         return max(int(part.max()) for part in lengths if len(part))
 
-    def validation_batches(self, max_tokens: int) -> list[Batch]:
-        return micro_batches(self.validation_dataset, self.validation, max_tokens=max_tokens, max_rows=None)
+    def validation_batches(self) -> list[Batch]:
+        return validation_batches(self.validation_dataset, self.validation)
 
 
-class DataArgs(Protocol):
-    """The data flags that finetune_lora and validate share."""
-
-    @property
-    def data(self) -> str: ...
-    @property
-    def data_path(self) -> Path | None: ...
-    @property
-    def val_path(self) -> Path | None: ...
-    @property
-    def val_split(self) -> float | None: ...
-    @property
-    def multiturn(self) -> bool: ...
-    @property
-    def mask_prompt(self) -> bool: ...
-    @property
-    def max_seq_length(self) -> int | None: ...
-    @property
-    def on_overlong(self) -> str: ...
-    @property
-    def seed(self) -> int: ...
+def validation_batches(dataset: Dataset, indices: Sequence[int], max_tokens: int | None = None) -> list[Batch]:
+    """Rows in packs that do not depend on how a run trains: in 16 bit another pack is another rounding, and a fresh
+    process shall measure what training measured."""
+    return micro_batches(dataset, indices, max_tokens=max_tokens or VALIDATION_TOKENS)
 
 
 def default_style(rows: Sequence[Row], tokenizer: Tokenizer) -> PromptStyle:

@@ -7,25 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from litlora.commands.data_flags import DataArgs
 from litlora.errors import InputError
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(DataArgs):
     """Finetune a Hugging Face model with LoRA, or QLoRA with --quantize.
 
     Args:
-        checkpoint_dir: the base model's Hugging Face directory
         out_dir: where the adapter goes (the last one in last/), metrics.csv, summary.json, hyperparameters.yaml
-        data: the kind of data; json has instruction columns, messages or conversations, text is plain text
-        data_path: the data file; alpaca, lima and dolly are fetched from the hub without it
-        val_path: validation data of the same kind, instead of a split
-        val_split: validation rows as a count or a share, 0 for none; 2000, or 5 % where there are fewer than 20000 rows
-        multiturn: train on all turns of LIMA's conversations instead of the first
-        prompt_style: alpaca, chat (the model's own template), none, or a template file
-        mask_prompt: train on the response only
-        max_seq_length: tokens a row may have; the model's context without it
-        on_overlong: what to do with rows that are longer
         shuffle: false keeps the file's order, in every epoch
         precision: of weights and products; bf16-true on a GPU that has it, else 32-true
         quantize: QLoRA: the format of the frozen weights
@@ -60,22 +51,11 @@ class Args:
         eval_interval: optimizer steps between validations
         log_interval: optimizer steps between plain progress lines, off a terminal
         sample_prompt: an instruction to answer at each validation; the first validation row's without it
-        seed: of the adapter's start, dropout, data order and split
         overwrite: replace a run that is in out_dir
         dry_run: needs only config.json, tokenizer and data; prints parameters, tokens, steps, and stops
     """
 
-    checkpoint_dir: Path
     out_dir: Path = Path("out/finetune_lora")
-    data: Literal["alpaca", "lima", "dolly", "json", "text"] = "alpaca"
-    data_path: Path | None = None
-    val_path: Path | None = None
-    val_split: float | None = None
-    multiturn: bool = False
-    prompt_style: str | None = None
-    mask_prompt: bool = False
-    max_seq_length: int | None = None
-    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     shuffle: bool = True
     precision: Literal["bf16-true", "bf16-mixed", "32-true"] | None = None
     quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"] | None = None
@@ -110,7 +90,6 @@ class Args:
     eval_interval: int = 100
     log_interval: int = 10
     sample_prompt: str | None = None
-    seed: int = 1337
     overwrite: bool = False
     dry_run: bool = False
 

@@ -161,7 +161,7 @@ def fit(job: Job, fabric: Fabric, decoder: Decoder) -> None:
     micro = choose_micro_batch(job.base.config, itemsize, data.longest, device, args.activation_checkpointing)
     micro = replace(micro, tokens=args.micro_batch_tokens or micro.tokens)
     decoder.checkpoint_blocks = micro.checkpointed
-    validation = data.validation_batches(micro.tokens)
+    validation = data.validation_batches()
     record, modules, steps = first_record(job), lora_modules(decoder), len(job.plan)
     csv = files.start(asdict(args) | adapter_settings(job.lora))
     seconds, tokens, best, val_loss, step = 0.0, 0, float("inf"), None, None

@@ -8,58 +8,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from litlora.commands.common import held_out, tokenize
+from litlora.commands.common import held_out, tokenize, validation_batches
+from litlora.commands.data_flags import DataArgs
 from litlora.commands.models import ModelArgs, explained_memory, open_model
 from litlora.data import load_rows
 from litlora.errors import InputError
-from litlora.memory import choose_micro_batch
 from litlora.model import CausalLoss, validation_loss
-from litlora.packing import micro_batches
 
 
 @dataclass(frozen=True)
-class Args:
+class Args(DataArgs):
     """Measure the validation loss of a base, base + adapter, or merged model; prints JSON.
 
     Args:
         checkpoint_dir: the model's Hugging Face directory: a base or a merged model
         lora_path: an adapter directory, used unmerged; may be given several times
         weights: how much of each adapter, in the order of --lora_path; 1 each without it
-        data: the kind of data, as in finetune_lora
         data_path: the training data, of which the held-out rows are taken, with the run's --val_split and --seed
         val_path: a file that is validated on whole, instead
-        val_split: as in the run
-        multiturn: as in the run
         prompt_style: what the adapter (or the merged model) was trained with, else alpaca
-        mask_prompt: as in the run
-        max_seq_length: as in the run
-        on_overlong: as in the run
         quantize: the format of the frozen weights
         quantize_head: also quantize lm_head
         precision: of weights and products; bf16-true on a GPU that has it, else 32-true
         accelerator: auto takes the GPU where there is one
         micro_batch_tokens: tokens that go through the model at once; the loss does not depend on it
-        seed: as in the run
     """
 
-    checkpoint_dir: Path
     lora_path: tuple[Path, ...] = ()
     weights: str | None = None
-    data: Literal["alpaca", "lima", "dolly", "json", "text"] = "alpaca"
-    data_path: Path | None = None
-    val_path: Path | None = None
-    val_split: float | None = None
-    multiturn: bool = False
-    prompt_style: str | None = None
-    mask_prompt: bool = False
-    max_seq_length: int | None = None
-    on_overlong: Literal["truncate", "drop", "error"] = "truncate"
     quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"] | None = None
     quantize_head: bool = False
     precision: Literal["bf16-true", "bf16-mixed", "32-true"] | None = None
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     micro_batch_tokens: int | None = None
-    seed: int = 1337
 
 
 def run(args: Args) -> None:
@@ -86,10 +67,9 @@ def run(args: Args) -> None:
     dataset = tokenize(args, rows, model.base, model.style, "validation data")
 
     decoder = model.load()
-    device, itemsize = model.precision.device, model.precision.compute.itemsize
-    longest = int(dataset.lengths.max())
-    tokens = args.micro_batch_tokens or choose_micro_batch(model.base.config, itemsize, longest, device, "none").tokens
-    batches = micro_batches(dataset, list(range(len(dataset))), max_tokens=tokens, max_rows=None)
+    device = model.precision.device
+    batches = validation_batches(dataset, range(len(dataset)), args.micro_batch_tokens)
+    tokens = max(len(batch.input_ids) for batch in batches)
     what, fix = f"activations of {tokens} tokens", f"--micro_batch_tokens {max(1, tokens // 2)}"
     with explained_memory(what, fix), model.precision.forward_context():
         loss = validation_loss(CausalLoss(decoder), batches, device)
