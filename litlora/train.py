@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -22,7 +27,7 @@ logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on, through no fault of the program (a loss that is no number)."""
+    """The run cannot go on, through no fault of the program (losses that are no numbers, a disk that is full)."""
 
 
 class FabricPrecision(Precision):  # type: ignore[misc]  # Fabric has no types here
@@ -45,16 +50,18 @@ class FabricPrecision(Precision):  # type: ignore[misc]  # Fabric has no types h
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did."""
+    """What one optimizer step did. Where its loss or gradient was not finite it was not applied, and says so."""
 
     number: int  # from 1
     epoch: int  # from 1
     loss: float  # mean over the step's trained tokens
     learning_rate: float
-    grad_norm: float
+    grad_norm: float  # before clipping
+    clipped: bool
     tokens: int  # all that went through the model
     trained_tokens: int
     seconds: float
+    bad_rows: tuple[int, ...] = ()  # examples of the micro-batches that gave no finite number: the step was not applied
 
 
 def train(
@@ -66,13 +73,14 @@ def train(
     learning_rate: float,
     schedule: Callable[[int], float],
     max_norm: float | None,
+    done: int = 0,
 ) -> Iterator[Step]:
     """Runs the optimizer steps of `batches`, (epoch, micro-batches) each, and yields after every one.
 
-    `model` is the CausalLoss that fabric.setup gave back; `schedule` is the learning rate's factor by step from 0.
-    A step without a trained token is skipped and not counted. Raises TrainingError when the loss is no number.
+    `model` is the CausalLoss that fabric.setup gave back; `schedule` is the learning rate's factor by step from 0;
+    `done` steps were taken before. A step without a trained token is skipped and not counted.
     """
-    number = 0
+    number = done
     for epoch, micro_batches in batches:
         started = time.perf_counter()
         trained = sum(batch.trained_tokens for batch in micro_batches)
@@ -81,10 +89,12 @@ def train(
         rate = learning_rate * schedule(number)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, norm = _optimizer_step(fabric, model, optimizer, micro_batches, trained, max_norm)
+        loss, norm, bad_rows = _optimizer_step(fabric, model, optimizer, micro_batches, trained, max_norm)
         number += 1
         tokens = sum(len(batch.input_ids) for batch in micro_batches)
-        yield Step(number, epoch, loss, rate, norm, tokens, trained, time.perf_counter() - started)
+        clipped = max_norm is not None and norm > max_norm and not bad_rows
+        seconds = time.perf_counter() - started
+        yield Step(number, epoch, loss, rate, norm, clipped, tokens, trained, seconds, bad_rows)
 
 
 def _optimizer_step(
@@ -94,28 +104,103 @@ def _optimizer_step(
     micro_batches: Sequence[Batch],
     trained: int,
     max_norm: float | None,
-) -> tuple[float, float]:
-    """(mean loss, gradient norm before clipping) of one step over all its micro-batches."""
+) -> tuple[float, float, tuple[int, ...]]:
+    """(mean loss, gradient norm before clipping, bad rows) of one step over all its micro-batches."""
     model.train()
-    total: Tensor | None = None
+    losses: list[Tensor] = []
     for index, batch in enumerate(micro_batches):
         with fabric.no_backward_sync(model, enabled=index < len(micro_batches) - 1):
             loss = model(batch.to(fabric.device))
             fabric.backward(loss / trained)
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    mean, size = (total / trained).item(), norm.item()  # the only wait for the card in a step
-    if not torch.isfinite(torch.tensor([mean, size])).all():
-        rows = sorted(row for batch in micro_batches for row in batch.rows)
-        raise TrainingError(
-            f"the loss is {mean}, the gradient norm {size}: the step was not taken\n"
-            f"  where:  rows {rows[:8]}{'…' if len(rows) > 8 else ''}\n"
-            "  fix:    a lower --learning_rate, --max_norm 1.0, or --precision bf16-true / 32-true"
-        )
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_([p for g in optimizer.param_groups for p in g["params"]], max_norm, norm)
-    optimizer.step()
+        losses.append(loss.detach())
+    norm = _grad_norm(optimizer)
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss
+    mean, size = torch.stack([(total / trained).float(), norm.float()]).tolist()  # the only wait for the card in a step
+    bad_rows: tuple[int, ...] = ()
+    if math.isfinite(mean) and math.isfinite(size):
+        if max_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        optimizer.step()
+    else:
+        bad_rows = _bad_rows(fabric, model, optimizer, micro_batches, trained, losses)
     optimizer.zero_grad(set_to_none=True)
-    return mean, size
+    return mean, size, bad_rows
+
+
+def _grad_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    return torch.nn.utils.get_total_norm(
+        [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    )
+
+
+def _bad_rows(
+    fabric: Fabric,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[Batch],
+    trained: int,
+    losses: Sequence[Tensor],
+) -> tuple[int, ...]:
+    """The rows of the micro-batches whose loss is not finite; else of those whose gradient by itself is not; else all.
+
+    Looks once more only after a bad step, with the random generators put back as they were.
+    """
+    bad = [batch for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss.item())]
+    if not bad and len(micro_batches) > 1:
+        with undisturbed(fabric.device):
+            for batch in micro_batches:
+                optimizer.zero_grad(set_to_none=True)
+                fabric.backward(model(batch.to(fabric.device)) / trained)
+                if not math.isfinite(_grad_norm(optimizer).item()):
+                    bad.append(batch)
+    return tuple(sorted(row for batch in bad or micro_batches for row in batch.rows))
+
+
+def undisturbed(device: torch.device) -> AbstractContextManager[None]:
+    """What happens inside leaves torch's random generators, host and device, as they were."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+class Stop:
+    """Why the run shall end after the step under way: SIGINT, SIGTERM, or its time is over. A second signal acts as it
+    always does, at once. Handlers are set inside a `with` block only, and only in the main thread."""
+
+    def __init__(self, seconds: float | None = None) -> None:
+        """`seconds` from now on."""
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+        self.signal: signal.Signals | None = None
+        self.before: dict[signal.Signals, Any] = {}
+
+    @property
+    def reason(self) -> str | None:
+        if self.signal is not None:
+            return self.signal.name
+        return "--max_time" if self.deadline is not None and time.monotonic() >= self.deadline else None
+
+    @property
+    def exit_code(self) -> int:
+        """As shells count: 130 for SIGINT, 143 for SIGTERM; 0 when the time is over."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # under nohup it stays ignored
+                    self.before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self.__exit__(None, None, None)
+        # not print: the signal may have come in the middle of one
+        os.write(2, f"\n{self.signal.name}: finishing this step, then saving; once more stops at once\n".encode())

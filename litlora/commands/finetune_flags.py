@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,7 @@ class Args(DataArgs):
         weight_decay: AdamW's or SGD's, on all adapter weights
         warmup_steps: optimizer steps in which the rate rises from 0
         max_norm: clip gradients to this norm; no clipping without it
+        max_bad_steps: so many steps in a row without a finite loss and gradient end the run; none is applied
         optimizer: adamw_8bit holds its state in 8 bit
         lr_schedule: after the warm-up; cosine is half a cycle
         lora_r: rank
@@ -49,6 +51,14 @@ class Args(DataArgs):
         save_dtype: of the adapter's file; lora_dtype without it
         lora_path: start from this adapter, ours or PEFT's; its r, alpha and targets hold
         eval_interval: optimizer steps between validations
+        early_stopping_patience: end the run after so many validations in a row without a better loss
+        save_interval: optimizer steps between checkpoints, which --resume goes on from
+        keep_last: checkpoints to keep
+        resume: auto goes on from the newest checkpoint in out_dir, or starts where there is none; or a checkpoint's or
+            run's directory
+        resume_override: take flags that change the maths when resuming
+        max_time: save and end after so long, counted from the command's start; 90m, 1h30m or 45s
+        deterministic: the same bits in every run on a GPU too, which costs speed
         log_interval: optimizer steps between plain progress lines, off a terminal
         sample_prompt: an instruction to answer at each validation; the first validation row's without it
         overwrite: replace a run that is in out_dir
@@ -72,6 +82,7 @@ class Args(DataArgs):
     weight_decay: float = 0.01
     warmup_steps: int = 100
     max_norm: float | None = None
+    max_bad_steps: int = 5
     optimizer: Literal["adamw", "sgd", "adamw_8bit"] = "adamw"
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     lora_r: int = 8
@@ -88,6 +99,13 @@ class Args(DataArgs):
     save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     lora_path: Path | None = None
     eval_interval: int = 100
+    early_stopping_patience: int | None = None
+    save_interval: int = 100
+    keep_last: int = 2
+    resume: str | None = None
+    resume_override: bool = False
+    max_time: str | None = None
+    deterministic: bool = False
     log_interval: int = 10
     sample_prompt: str | None = None
     overwrite: bool = False
@@ -96,9 +114,12 @@ class Args(DataArgs):
 
 def check_flags(args: Args) -> None:
     """Raises InputError for flags out of range."""
-    for name in ("batch_size", "epochs", "eval_interval", "log_interval", "lora_r", "devices"):
+    for name in (
+        "batch_size", "epochs", "eval_interval", "save_interval", "keep_last", "log_interval", "lora_r", "devices",
+        "max_bad_steps",
+    ):  # fmt: skip
         require(name, getattr(args, name), getattr(args, name) >= 1, "at least 1")
-    for name in ("max_steps", "micro_batch_tokens", "micro_batch_size", "max_seq_length"):
+    for name in ("max_steps", "micro_batch_tokens", "micro_batch_size", "max_seq_length", "early_stopping_patience"):
         value = getattr(args, name)
         require(name, value, value is None or value >= 1, "at least 1")
     for name in ("warmup_steps", "weight_decay"):
@@ -107,8 +128,19 @@ def check_flags(args: Args) -> None:
     require("seed", args.seed, 0 <= args.seed < 2**32, "0 to 2**32 - 1")
     require("max_norm", args.max_norm, args.max_norm is None or args.max_norm > 0, "above 0")
     require("devices", args.devices, args.devices == 1, "1: several GPUs are not supported yet")
+    seconds_of(args.max_time)
     if args.micro_batch_tokens is not None and args.micro_batch_size is not None:
         raise InputError("two sizes of a micro-batch", got="--micro_batch_tokens and --micro_batch_size", wanted="one")
+
+
+def seconds_of(max_time: str | None) -> float | None:
+    """Of --max_time. Raises InputError."""
+    if max_time is None:
+        return None
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", max_time)
+    total = sum(int(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    require("max_time", max_time, total > 0, "such as 90m, 1h30m or 45s")
+    return float(total)
 
 
 def check_paths(args: Args) -> None:

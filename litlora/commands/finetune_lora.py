@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,23 +14,25 @@ from lightning.fabric import Fabric
 from litlora import __version__
 from litlora.checkpoint import require_disk
 from litlora.commands.common import Base, TrainingData, load_data, record_style
-from litlora.commands.finetune_flags import Args, check_flags, check_paths
-from litlora.commands.finetune_report import live, report, row, summarize
+from litlora.commands.finetune_flags import Args, check_flags, check_paths, seconds_of
+from litlora.commands.finetune_resume import check_resume, machine, plain
+from litlora.commands.finetune_training import Training
 from litlora.commands.models import explained_memory
 from litlora.commands.prompts import Prompt
-from litlora.decode import Sampling, check_prompts, generate
+from litlora.decode import check_prompts
 from litlora.errors import InputError
 from litlora.load import load_model, meta_decoder, parameter_count
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules, lora_parameters
 from litlora.memory import MicroBatch, choose_micro_batch, out_of_memory
 from litlora.metrics import Progress, reset_peak_memory, say
-from litlora.model import CausalLoss, Decoder, validation_loss
+from litlora.model import CausalLoss, Decoder
 from litlora.optimizers import make_optimizer, make_schedule, require_optimizer
 from litlora.packing import Batch, micro_batches, step_plan
 from litlora.peft_format import Adapter, Record, load_factors, targets_of
 from litlora.precision import RunPrecision, default_precision, pick_device
+from litlora.resume import Conditions, Totals, TrainingCheckpoint, find_checkpoint
 from litlora.run_files import RunFiles
-from litlora.train import FabricPrecision, train
+from litlora.train import FabricPrecision, Stop, train
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Plan = list[tuple[int, list[int]]]  # the run's optimizer steps: epoch from 1, examples
@@ -48,6 +51,12 @@ class Job:
     data: TrainingData
     plan: Plan
     question: tuple[str, list[int]] | None  # what is asked at each validation, and its ids
+    conditions: Conditions
+    checkpoint: TrainingCheckpoint | None  # where the run goes on
+
+    @property
+    def patience(self) -> int | None:
+        return self.args.early_stopping_patience
 
     @property
     def save_dtype(self) -> torch.dtype:
@@ -55,15 +64,28 @@ class Job:
 
 
 def run(args: Args, given: frozenset[str] = frozenset()) -> None:
-    """`given`: the flags that were set by hand, which may not contradict --lora_path."""
+    """`given`: the flags that were set by hand, which may not contradict --lora_path. Exits with 130 or 143 where
+    SIGINT or SIGTERM ended the run."""
+    stop = Stop(seconds_of(args.max_time))
     job = prepare(args, given)
     announce(job)
-    if args.dry_run:
+    if args.dry_run or is_finished(job):
         return
+    make_deterministic(args.deterministic)
     fabric = Fabric(accelerator=job.device.type, devices=1, plugins=[FabricPrecision(job.precision)])
     fabric.seed_everything(args.seed, verbose=False)
-    decoder = build(job)
-    fit(job, fabric, decoder)
+    training = set_up(job, fabric, build(job))
+    try:
+        stopped = fit(training, stop)
+    except torch.cuda.OutOfMemoryError as error:
+        raise memory_advice(training) from error
+    finally:
+        training.metrics.close()
+    if stopped is None:
+        training.finish()
+    else:
+        training.say_stopped(stopped)
+        raise SystemExit(stop.exit_code)
 
 
 def prepare(args: Args, given: frozenset[str]) -> Job:
@@ -75,17 +97,28 @@ def prepare(args: Args, given: frozenset[str]) -> Job:
     checkpoint = base.weights.checkpoint if base.weights else None
     start = Adapter.open(args.lora_path, base.config, checkpoint) if args.lora_path else None
     lora = choose_lora(args, given, start)
+    resumed = None
     if not args.dry_run:
         check_paths(args)
-        RunFiles(args.out_dir).check(args.overwrite)
-        itemsize = DTYPES[args.save_dtype or args.lora_dtype].itemsize
-        require_disk(args.out_dir, 2 * adapter_parameters(base, lora) * itemsize + 10_000_000)
+        resumed = find_checkpoint(args.resume, args.out_dir)
+        RunFiles(args.out_dir).check(args.overwrite, args.resume, resumed)
+        require_disk(args.out_dir, disk_bytes(args, adapter_parameters(base, lora)))
     precision = RunPrecision(str(args.precision), args.quantize, device)
     require_optimizer(args.optimizer, device)
     data = load_data(args, base, args.prompt_style)
-    return Job(
-        args, device, precision, base, start, lora, data, plan_steps(args, data), sample_question(args, data, base)
+    question = sample_question(args, data, base)
+    conditions = Conditions(
+        settings=plain(asdict(args) | adapter_settings(lora)),
+        base_fingerprint=checkpoint.fingerprint if checkpoint else "",
+        data_fingerprint=fingerprint(data),
+        device=device.type,
+        chosen={},  # known when the model is loaded
+        machine=machine(device),
     )
+    if resumed is not None:
+        check_resume(resumed, conditions, override=args.resume_override)
+    plan = plan_steps(args, data)
+    return Job(args, device, precision, base, start, lora, data, plan, question, conditions, resumed)
 
 
 def choose_lora(args: Args, given: frozenset[str], start: Adapter | None) -> LoRA:
@@ -132,6 +165,16 @@ def plan_steps(args: Args, data: TrainingData) -> Plan:
     return plan
 
 
+def is_finished(job: Job) -> bool:
+    """Whether the run that would be resumed came to its end already."""
+    finished = RunFiles(job.args.out_dir).is_finished
+    if job.checkpoint is None or not finished or not job.checkpoint.totals.ended(len(job.plan), job.patience):
+        return False
+    more = "--epochs or --max_steps goes on, --overwrite true without --resume starts again"
+    say(f"nothing left to do: the run in {job.args.out_dir} is finished ({more})")
+    return True
+
+
 def build(job: Job) -> Decoder:
     """The model, each tensor read, quantized and moved, and the adapter over it."""
     args, base = job.args, job.base
@@ -152,59 +195,71 @@ def build(job: Job) -> Decoder:
     return decoder
 
 
-def fit(job: Job, fabric: Fabric, decoder: Decoder) -> None:
-    """The steps, with validation and saves between them. Raises InputError when the GPU's memory does not do."""
-    args, data, device, files = job.args, job.data, job.device, RunFiles(job.args.out_dir)
+def set_up(job: Job, fabric: Fabric, decoder: Decoder) -> Training:
+    """Optimizer, micro-batches and files: fresh, or as the checkpoint left them."""
+    args, checkpoint, files = job.args, job.checkpoint, RunFiles(job.args.out_dir)
     optimizer = make_optimizer(args.optimizer, lora_parameters(decoder), args.learning_rate, args.weight_decay)
     model, optimizer = fabric.setup(CausalLoss(decoder), optimizer)
-    itemsize = job.precision.compute.itemsize
-    micro = choose_micro_batch(job.base.config, itemsize, data.longest, device, args.activation_checkpointing)
-    micro = replace(micro, tokens=args.micro_batch_tokens or micro.tokens)
+    micro = choose_micro(job)
     decoder.checkpoint_blocks = micro.checkpointed
-    validation = data.validation_batches()
-    record, modules, steps = first_record(job), lora_modules(decoder), len(job.plan)
-    csv = files.start(asdict(args) | adapter_settings(job.lora))
-    seconds, tokens, best, val_loss, step = 0.0, 0, float("inf"), None, None
-    reset_peak_memory(device)
-    settings: dict[str, Any] = {"learning_rate": args.learning_rate, "max_norm": args.max_norm}
-    settings["schedule"] = make_schedule(args.lr_schedule, args.warmup_steps, steps)
-    try:
-        with Progress(steps, args.log_interval) as progress:
-            for step in train(fabric, model, optimizer, batches(job, micro), **settings):
-                seconds, tokens, val_loss = seconds + step.seconds, tokens + step.tokens, None
-                if step.number % args.eval_interval == 0 or step.number == steps:
-                    if validation:
-                        val_loss = validation_loss(model, validation, device)
-                        answer = sample(job, decoder, fabric)
-                        progress.note(f"step {step.number}: validation loss {val_loss:.4f}{answer}")
-                    record = replace(record, step=step.number, val_loss=val_loss)
-                    is_best = val_loss is None or val_loss < best
-                    best = min(best, val_loss) if val_loss is not None else best
-                    files.save(modules, job.lora, record, job.save_dtype, best=is_best)
-                csv.write(row(step, val_loss, seconds, tokens, device))
-                left = seconds / step.number * (steps - step.number)
-                progress.step(step.number, live(step, seconds, tokens, device), left)
-    except torch.cuda.OutOfMemoryError as error:
-        raise memory_advice(job, decoder, micro) from error
-    except KeyboardInterrupt:
-        if step is not None:
-            record = replace(record, step=step.number, val_loss=val_loss)
-            files.save(modules, job.lora, record, job.save_dtype, best=not files.has_adapter)
-            say(f"interrupted after step {step.number} of {steps}: the adapter of that step is in {files.last}")
-        raise
-    finally:
-        csv.close()
-    assert step is not None  # plan_steps holds at least one
-    files.check_saved(modules, job.base.config, job.save_dtype)
-    summary = summarize(step, seconds, tokens, None if best == float("inf") else best, val_loss, decoder, device)
-    files.summarize(summary)
-    report(summary, args)
+    settings = job.conditions.settings | {
+        "micro_batch_tokens": None if args.micro_batch_size else micro.tokens,
+        "activation_checkpointing": "full" if micro.checkpointed else "none",
+        "resume_override": False,  # it was meant for this once
+    }
+    conditions = replace(job.conditions, settings=settings, chosen=asdict(micro))
+    if checkpoint is None:
+        totals, metrics = Totals(), files.start(settings)
+    else:
+        checkpoint.restore(decoder, optimizer, job.device)
+        totals, metrics = checkpoint.totals, files.resume(settings, checkpoint)
+        say(f"resuming after step {totals.step:,} of {len(job.plan):,}, from {checkpoint.directory}")
+    reset_peak_memory(job.device)
+    return Training(
+        job, fabric, decoder, model, optimizer, micro, first_record(job), conditions, files, metrics, totals,
+        job.data.validation_batches(), Progress(len(job.plan), args.log_interval),
+    )  # fmt: skip
 
 
-def batches(job: Job, micro: MicroBatch) -> Iterator[tuple[int, list[Batch]]]:
-    """(epoch, micro-batches) of each optimizer step."""
+def choose_micro(job: Job) -> MicroBatch:
+    """What the free memory holds, or held when the run began; flags given by hand come first."""
+    args = job.args
+    if job.checkpoint is not None:
+        micro = MicroBatch(**job.checkpoint.conditions.chosen)
+        if args.activation_checkpointing != "auto":
+            micro = replace(micro, checkpointed=args.activation_checkpointing == "full")
+    else:
+        itemsize, longest = job.precision.compute.itemsize, job.data.longest
+        micro = choose_micro_batch(job.base.config, itemsize, longest, job.device, args.activation_checkpointing)
+    return replace(micro, tokens=args.micro_batch_tokens or micro.tokens)
+
+
+def fit(training: Training, stop: Stop) -> str | None:
+    """The steps that are left, with validations and saves between them. Returns why the run was stopped, None at its
+    end. Raises TrainingError when it cannot go on."""
+    job, args, totals = training.job, training.job.args, training.totals
+    schedule = make_schedule(args.lr_schedule, args.warmup_steps, len(job.plan))
+    steps = train(
+        training.fabric, training.model, training.optimizer, batches(job, training.micro, totals.step),
+        learning_rate=args.learning_rate, schedule=schedule, max_norm=args.max_norm, done=totals.step,
+    )  # fmt: skip
+    with stop, training.progress:
+        while not training.ended and not stop.reason:
+            step = next(steps)
+            totals.count(step)
+            due = totals.step == len(job.plan) or totals.step % args.eval_interval == 0
+            training.log(step, training.validate() if due else None)
+            if totals.step % args.save_interval == 0:
+                training.save()
+        training.save()
+        training.require_saved()
+        return None if training.ended else stop.reason
+
+
+def batches(job: Job, micro: MicroBatch, done: int) -> Iterator[tuple[int, list[Batch]]]:
+    """(epoch, micro-batches) of each optimizer step after the first `done`."""
     rows = job.args.micro_batch_size
-    for epoch, indices in job.plan:
+    for epoch, indices in job.plan[done:]:
         yield epoch, micro_batches(job.data.dataset, indices, max_tokens=None if rows else micro.tokens, max_rows=rows)
 
 
@@ -227,14 +282,15 @@ def first_record(job: Job) -> Record:
     )
 
 
-def memory_advice(job: Job, decoder: Decoder, micro: MicroBatch) -> InputError:
+def memory_advice(training: Training) -> InputError:
     """What filled the GPU, and the cheapest flag that takes less."""
+    job, decoder = training.job, training.decoder
     adapter = sum(p.numel() * p.element_size() for p in lora_parameters(decoder))
     everything = sum(p.numel() * p.element_size() for p in decoder.parameters())
     return out_of_memory(
         weights=everything - adapter,
         adapter=4 * adapter,  # itself, its gradient, AdamW's two moments
-        micro=micro,
+        micro=training.micro,
         micro_batch_size=job.args.micro_batch_size,
         longest=job.data.longest,
         quantize=job.args.quantize,
@@ -247,6 +303,29 @@ def adapter_parameters(base: Base, lora: LoRA) -> int:
     decoder = meta_decoder(base.config)
     adapt(decoder, lora)
     return sum(p.numel() for p in lora_parameters(decoder))
+
+
+def disk_bytes(args: Args, parameters: int) -> int:
+    """What a run leaves: two adapters, and the checkpoints, one more while it is written."""
+    saved, trained = DTYPES[args.save_dtype or args.lora_dtype].itemsize, DTYPES[args.lora_dtype].itemsize
+    state = {"adamw": 2 * trained, "adamw_8bit": 3, "sgd": 0}[args.optimizer]
+    return parameters * (2 * saved + (args.keep_last + 1) * (trained + state)) + 10_000_000
+
+
+def fingerprint(data: TrainingData) -> str:
+    """Of the ids, the labels and the split: what the steps are made from."""
+    digest = hashlib.blake2b(digest_size=16)
+    for dataset, indices in ((data.dataset, data.train), (data.validation_dataset, data.validation)):
+        for array in (dataset.flat_ids, dataset.flat_trained, dataset.offsets, np.array(indices)):
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def make_deterministic(deterministic: bool) -> None:
+    """The same bits in every run: sums on a GPU are otherwise added up in any order."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def adapter_settings(lora: LoRA) -> dict[str, object]:
@@ -267,20 +346,6 @@ def sample_question(args: Args, data: TrainingData, base: Base) -> tuple[str, li
     ids = base.tokenizer.encode_prompt(Prompt("--sample_prompt", instruction, extra).render(data.style))
     check_prompts([ids], 1, base.config.max_position_embeddings, base.config.vocab_size, ["--sample_prompt"])
     return instruction, ids
-
-
-def sample(job: Job, decoder: Decoder, fabric: Fabric) -> str:
-    """What the model now answers to the sample question, greedily."""
-    if job.question is None:
-        return ""
-    instruction, ids = job.question
-    tokenizer = job.base.tokenizer
-    decoder.eval()
-    with fabric.autocast():
-        stop_ids, vocab_size = tokenizer.stop_ids, tokenizer.vocab_size
-        answer = generate(decoder, [ids], Sampling(), max_new_tokens=64, stop_ids=stop_ids, vocab_size=vocab_size)
-        text = tokenizer.decode([token for _, token in answer])
-    return f"\n  {instruction!r} -> {text.strip()!r}"
 
 
 def announce(job: Job) -> None:

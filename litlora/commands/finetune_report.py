@@ -8,10 +8,11 @@ from litlora.commands.finetune_flags import Args
 from litlora.lora import lora_parameters
 from litlora.metrics import duration, peak_memory, say
 from litlora.model import Decoder
+from litlora.resume import Totals
 from litlora.train import Step
 
 
-def row(step: Step, val_loss: float | None, seconds: float, tokens: int, device: torch.device) -> dict[str, object]:
+def row(step: Step, val_loss: float | None, totals: Totals, device: torch.device) -> dict[str, object]:
     """One row of metrics.csv."""
     return {
         "step": step.number,
@@ -20,46 +21,42 @@ def row(step: Step, val_loss: float | None, seconds: float, tokens: int, device:
         "val_loss": val_loss,
         "lr": step.learning_rate,
         "grad_norm": step.grad_norm,
+        "clipped": int(step.clipped),
         "tokens": step.tokens,
         "trained_tokens": step.trained_tokens,
         "seconds": step.seconds,
-        "total_tokens": tokens,
-        "total_seconds": seconds,
+        "total_tokens": totals.tokens,
+        "total_seconds": totals.seconds,
         "tokens_per_second": step.tokens / step.seconds,
         "memory_gb": peak_memory(device),
     }
 
 
-def live(step: Step, seconds: float, tokens: int, device: torch.device) -> dict[str, str]:
+def live(step: Step, totals: Totals, device: torch.device) -> dict[str, str]:
     """The progress line."""
     return {
         "loss": f"{step.loss:.4f}",
         "lr": f"{step.learning_rate:.2e}",
-        "tokens/s": f"{tokens / seconds:,.0f}",
+        "tokens/s": f"{totals.tokens / totals.seconds:,.0f}",
         "memory": f"{peak_memory(device):.2f} GB",
     }
 
 
-def summarize(
-    step: Step,
-    seconds: float,
-    tokens: int,
-    best: float | None,
-    final: float | None,
-    decoder: Decoder,
-    device: torch.device,
-) -> dict[str, object]:
-    """summary.json."""
+def summarize(totals: Totals, decoder: Decoder, device: torch.device) -> dict[str, object]:
+    """summary.json: of the whole run, however often it was resumed."""
     return {
-        "training_seconds": seconds,
-        "steps": step.number,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_gb": peak_memory(device),
+        "training_seconds": totals.seconds,
+        "steps": totals.step,
+        "bad_steps": totals.bad_steps,
+        "clipped_steps": totals.clipped_steps,
+        "tokens": totals.tokens,
+        "tokens_per_second": totals.tokens / totals.seconds,
+        "peak_memory_gb": totals.peak_memory_gb,
         "trainable_parameters": sum(p.numel() for p in lora_parameters(decoder)),
-        "train_loss": step.loss,
-        "val_loss": final,
-        "best_val_loss": best,
+        "train_loss": totals.loss,
+        "val_loss": totals.val_loss,
+        "best_val_loss": totals.best_val_loss,
+        "best_step": totals.best_step,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
 

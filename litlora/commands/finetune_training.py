@@ -1,0 +1,180 @@
+"""A finetuning run under way: its model, files and totals, and what happens between two steps."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+
+from litlora.commands.finetune_report import live, report, row, summarize
+from litlora.decode import Sampling, generate
+from litlora.errors import InputError
+from litlora.lora import lora_modules
+from litlora.memory import MicroBatch
+from litlora.metrics import Progress, peak_memory, say
+from litlora.model import Decoder, validation_loss
+from litlora.packing import Batch
+from litlora.peft_format import Record
+from litlora.resume import Conditions, Totals, whole_checkpoints
+from litlora.run_files import MetricsFile, RunFiles
+from litlora.train import Step, TrainingError, undisturbed
+
+if TYPE_CHECKING:
+    from litlora.commands.finetune_lora import Job
+
+
+@dataclass
+class Training:
+    """What a run works with, and what it has done so far."""
+
+    job: Job
+    fabric: Fabric
+    decoder: Decoder
+    model: nn.Module  # the decoder's loss, as Fabric wraps it
+    optimizer: torch.optim.Optimizer
+    micro: MicroBatch
+    record: Record  # what litlora.json says; step and validation loss are put in when it is written
+    conditions: Conditions
+    files: RunFiles
+    metrics: MetricsFile
+    totals: Totals
+    validation: list[Batch]
+    progress: Progress
+    saved_step: int | None = None  # the last one that reached the disk, in this session
+
+    @property
+    def ended(self) -> bool:
+        return self.totals.ended(len(self.job.plan), self.job.patience)
+
+    def validate(self) -> float | None:
+        """The validation loss and a sample answer; the adapter is kept where it is the best so far. The training's
+        random numbers stay as they were."""
+        totals = self.totals
+        if not self.validation:
+            return None
+        with undisturbed(self.job.device):
+            loss = validation_loss(self.model, self.validation, self.job.device)
+            answer = self.sample() if math.isfinite(loss) else ""
+        self.progress.note(f"step {totals.step}: validation loss {loss:.4f}{answer}")
+        totals.val_loss = loss if math.isfinite(loss) else None
+        totals.validations_without_gain += 1
+        better = totals.best_val_loss is None or loss < totals.best_val_loss
+        if better and math.isfinite(loss) and self.attempt("the best adapter", partial(self.save_adapter, best=True)):
+            totals.best_val_loss, totals.best_step, totals.validations_without_gain = loss, totals.step, 0
+        return loss
+
+    def sample(self) -> str:
+        """What the model now answers to the sample question, greedily."""
+        if self.job.question is None:
+            return ""
+        instruction, ids = self.job.question
+        tokenizer = self.job.base.tokenizer
+        self.decoder.eval()
+        with self.fabric.autocast():
+            stop_ids, vocab_size = tokenizer.stop_ids, tokenizer.vocab_size
+            answer = generate(
+                self.decoder, [ids], Sampling(), max_new_tokens=64, stop_ids=stop_ids, vocab_size=vocab_size
+            )
+            text = tokenizer.decode([token for _, token in answer])
+        return f"\n  {instruction!r} -> {text.strip()!r}"
+
+    def log(self, step: Step, val_loss: float | None) -> None:
+        """A step's row in metrics.csv and its line on the screen. Raises TrainingError after too many bad steps."""
+        device = self.job.device
+        self.totals.peak_memory_gb = max(self.totals.peak_memory_gb, peak_memory(device))
+        self.metrics.write(row(step, val_loss, self.totals, device))
+        self.progress.step(step.number, live(step, self.totals, device))
+        if step.bad_rows:
+            self.report_bad(step)
+
+    def report_bad(self, step: Step) -> None:
+        """Says which rows gave no number; after too many such steps in a row keeps the adapter and gives up."""
+        limit, in_a_row = self.job.args.max_bad_steps, self.totals.bad_steps_in_a_row
+        numbers = sorted(int(self.job.data.dataset.rows[index]) for index in step.bad_rows)
+        what = f"the loss is {step.loss}, the gradient norm {step.grad_norm}: the step was not taken"
+        where = f"step {step.number}, rows {numbers[:8]}{'…' if len(numbers) > 8 else ''}"
+        self.progress.note(f"warning: {what}\n  where:  {where}\n  count:  {in_a_row} in a row, {limit} end the run")
+        if in_a_row >= limit:
+            self.attempt("the last adapter", self.save_last)
+            raise TrainingError(
+                f"{in_a_row} steps in a row gave no finite loss or gradient\n"
+                f"  where:  {where}; the last good adapter is in {self.files.last}\n"
+                "  fix:    a lower --learning_rate, --max_norm 1.0, or --precision bf16-true / 32-true"
+            )
+
+    def save(self) -> None:
+        """The last adapter, and a checkpoint; once a step."""
+        if self.saved_step == self.totals.step:
+            return
+
+        def write() -> None:
+            self.save_last()
+            self.files.save_checkpoint(
+                self.totals,
+                self.conditions,
+                self.decoder,
+                self.optimizer,
+                self.job.device,
+                self.metrics,
+                self.job.args.keep_last,
+            )
+
+        if self.attempt("the run", write):
+            self.saved_step = self.totals.step
+
+    def save_last(self) -> None:
+        self.save_adapter(best=False)
+        if not self.validation or not self.files.has_adapter:  # nothing says which one is the best
+            self.save_adapter(best=True)
+
+    def save_adapter(self, *, best: bool) -> None:
+        record = replace(self.record, step=self.totals.step, val_loss=self.totals.val_loss)
+        self.files.save_adapter(lora_modules(self.decoder), self.job.lora, record, self.job.save_dtype, best=best)
+
+    def attempt(self, what: str, write: Callable[[], None]) -> bool:
+        """Whether `write` went well; where the disk is full or gone that is said, and the run can go on."""
+        try:
+            write()
+        except (OSError, InputError) as error:
+            checkpoints = whole_checkpoints(self.files.checkpoints)
+            self.progress.note(
+                f"warning: {what} of step {self.totals.step} could not be saved: {error}\n"
+                f"  kept:   {checkpoints[0] if checkpoints else 'no checkpoint yet'}\n"
+                "  next:   the run goes on, and tries again at its next save"
+            )
+            return False
+        return True
+
+    def require_saved(self) -> None:
+        """Raises TrainingError where the disk did not take the run's end."""
+        if self.saved_step != self.totals.step:
+            raise TrainingError(
+                f"the end of the run, step {self.totals.step}, could not be saved\n"
+                f"  where:  {self.files.out_dir}\n"
+                f"  fix:    free some space, then {self.resume_command}"
+            )
+
+    @property
+    def resume_command(self) -> str:
+        return f"litlora finetune_lora --config {shlex.quote(str(self.files.settings_file))} --resume auto"
+
+    def say_stopped(self, reason: str) -> None:
+        say(f"stopped by {reason} after step {self.totals.step:,} of {len(self.job.plan):,}, which is saved")
+        say(f"To go on: {self.resume_command}")
+
+    def finish(self) -> None:
+        """Looks at what was saved, and writes and says the closing figures."""
+        job, totals = self.job, self.totals
+        if totals.step < len(job.plan):
+            say(f"early stopping: {totals.validations_without_gain} validations in a row without a better loss")
+        self.files.check_saved(lora_modules(self.decoder), job.base.config, job.save_dtype)
+        summary = summarize(totals, self.decoder, job.device)
+        self.files.summarize(summary)
+        report(summary, job.args)
