@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from litlora.errors import InputError
 
 COMMANDS = {
+    "inspect": "show what the model will see of the data, before training",
     "finetune_lora": "finetune a model with LoRA or QLoRA",
     "generate": "generate text from a base, base + adapter, or merged model",
     "chat": "hold a conversation in the terminal",

@@ -78,12 +78,17 @@ def default_style(rows: Sequence[Row], tokenizer: Tokenizer) -> PromptStyle:
     return PromptStyle.load("chat" if own_template else "alpaca", tokenizer)
 
 
+def row_limit(args: DataArgs, base: Base) -> int:
+    """Tokens a row may have."""
+    limit = base.config.max_position_embeddings
+    return limit if args.max_seq_length is None else min(limit, args.max_seq_length)
+
+
 def tokenize(args: DataArgs, rows: Sequence[Row], base: Base, style: PromptStyle, what: str) -> Dataset:
     """Rows to ids by the data flags; says what became of them. Raises InputError for bad data."""
-    limit = base.config.max_position_embeddings
-    length = limit if args.max_seq_length is None else min(limit, args.max_seq_length)
-    if (args.max_seq_length or 0) > limit:
-        say(f"note: --max_seq_length {args.max_seq_length} is cut to the model's context of {limit}")
+    length = row_limit(args, base)
+    if (args.max_seq_length or 0) > length:
+        say(f"note: --max_seq_length {args.max_seq_length} is cut to the model's context of {length}")
     try:
         dataset = prepare(
             rows,
@@ -102,9 +107,20 @@ def tokenize(args: DataArgs, rows: Sequence[Row], base: Base, style: PromptStyle
 
 def load_data(args: DataArgs, base: Base, prompt_style: str | None) -> TrainingData:
     """Rows, split and ids by the data flags. Raises InputError for bad data."""
+    return prepare_data(args, base, prompt_style, *read_rows(args))
+
+
+def read_rows(args: DataArgs) -> tuple[list[Row], list[Row]]:
+    """All rows of the data, and those to validate on: some of them, or a file's own. A file or a split that is not
+    right is known before anything is tokenized. Raises InputError."""
     rows = load_rows(args.data, args.data_path, args.multiturn)
-    # a file or a split that is not right is known before anything is tokenized
-    val_rows = load_rows(args.data, args.val_path, args.multiturn) if args.val_path else held_out(rows, args)
+    return rows, load_rows(args.data, args.val_path, args.multiturn) if args.val_path else held_out(rows, args)
+
+
+def prepare_data(
+    args: DataArgs, base: Base, prompt_style: str | None, rows: Sequence[Row], val_rows: Sequence[Row]
+) -> TrainingData:
+    """What `read_rows` gave, as ids. Raises InputError for bad data."""
     style = PromptStyle.load(prompt_style, base.tokenizer) if prompt_style else default_style(rows, base.tokenizer)
     dataset = tokenize(args, rows, base, style, "data")
     if args.val_path is not None:

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,16 @@ class Counts:
     longest: int = 0  # tokens of the longest row before truncation
 
 
+def _no_rows() -> npt.NDArray[np.int64]:
+    return np.zeros(0, dtype=np.int64)
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Examples side by side: example i is `flat_ids[offsets[i]:offsets[i + 1]]`.
 
     `flat_trained` marks tokens that are labels, by position (never the first one of an example: nothing predicts it).
-    `rows[i]` is the row or line number of example i in the data file.
+    `rows[i]` is the row or line number of example i in the data file; `truncated` and `straddling` hold such numbers.
     """
 
     flat_ids: npt.NDArray[np.int32]  # (T,)
@@ -44,6 +48,8 @@ class Dataset:
     offsets: npt.NDArray[np.int64]  # (examples + 1,)
     rows: npt.NDArray[np.int64]  # (examples,)
     counts: Counts
+    truncated: npt.NDArray[np.int64] = field(default_factory=_no_rows)  # rows that were cut
+    straddling: npt.NDArray[np.int64] = field(default_factory=_no_rows)  # rows that were tokenized in two parts
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -72,6 +78,8 @@ def save(dataset: Dataset, path: Path) -> None:
         "trained": dataset.flat_trained,
         "offsets": dataset.offsets,
         "rows": dataset.rows,
+        "truncated": dataset.truncated,
+        "straddling": dataset.straddling,
         "counts": np.frombuffer(json.dumps(asdict(dataset.counts)).encode(), dtype=np.uint8),
     }
     temporary = None
@@ -95,7 +103,8 @@ def load(path: Path) -> Dataset | None:
         # Opened here: numpy leaves a damaged file open.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             counts = Counts(**json.loads(file["counts"].tobytes()))
-            dataset = Dataset(file["ids"], file["trained"], file["offsets"], file["rows"], counts)
+            ids, trained, offsets, rows = (file[name] for name in ("ids", "trained", "offsets", "rows"))
+            dataset = Dataset(ids, trained, offsets, rows, counts, file["truncated"], file["straddling"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:

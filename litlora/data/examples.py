@@ -18,7 +18,7 @@ from litlora.errors import InputError
 from litlora.tokenizer import Bounded, Tokenizer
 
 # Part of the cache's key: to be raised whenever the same rows would give other ids or masks.
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 4096  # rows
 _OVERLONG = ("truncate", "drop", "error")
 
@@ -94,10 +94,12 @@ def _key(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, options:
 
 def _build(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, options: _Options) -> Dataset:
     fitted: list[_Example] = []
-    longest = truncated = dropped = straddling = 0
+    longest = dropped = 0
+    truncated: list[int] = []
+    straddling: list[int] = []
     for example in _tokenize(rows, tokenizer, style, options.mask_prompt):
         length = len(example.ids)
-        straddling += example.straddles
+        straddling += [example.number] if example.straddles else []
         longest = max(longest, length)
         if length <= options.max_seq_length:
             fitted.append(example)
@@ -113,7 +115,7 @@ def _build(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, option
         elif options.on_overlong == "drop":
             dropped += 1
         else:
-            truncated += 1
+            truncated.append(example.number)
             fitted.append(replace(example, ids=example.ids[: options.max_seq_length]))
     if not fitted:
         raise InputError(
@@ -122,8 +124,9 @@ def _build(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, option
             wanted=f"rows of at most {options.max_seq_length} tokens (--max_seq_length)",
             fix="raise --max_seq_length, or --on_overlong truncate",
         )
-    counts = Counts(rows=len(rows), truncated=truncated, dropped=dropped, straddling=straddling, longest=longest)
-    return _flatten(fitted, counts, options)
+    cut, split = (np.array(numbers, dtype=np.int64) for numbers in (truncated, straddling))
+    counts = Counts(rows=len(rows), truncated=len(cut), dropped=dropped, straddling=len(split), longest=longest)
+    return replace(_flatten(fitted, counts, options), truncated=cut, straddling=split)
 
 
 def _render(row: Row, style: PromptStyle) -> Rendered:

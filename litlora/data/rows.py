@@ -18,7 +18,20 @@ class Instruction:
 
     def key(self) -> object:
         """What makes this row's ids: the cache is found by it."""
-        return (self.number, self.instruction, self.input, self.output)
+        return (self.number, *self.content)
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """All of its texts, the response last: rows of the same content are duplicates."""
+        return (self.instruction, self.input, self.output)
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        return (self.instruction + self.input,)
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return (self.output,)
 
 
 @dataclass(frozen=True)
@@ -34,7 +47,19 @@ class Conversation:
     own_template: bool = True
 
     def key(self) -> object:
-        return (self.number, self.own_template, [(message["role"], message["content"]) for message in self.messages])
+        return (self.number, self.own_template, *self.content)
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        return tuple(text for message in self.messages for text in (message["role"], message["content"]))
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        return tuple(message["content"] for message in self.messages if message["role"] == "user")
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return tuple(message["content"] for message in self.messages if message["role"] == "assistant")
 
 
 @dataclass(frozen=True)
@@ -45,7 +70,19 @@ class Document:
     text: str
 
     def key(self) -> object:
-        return (self.number, self.text)
+        return (self.number, *self.content)
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        return (self.text,)
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        return (self.text,)
 
 
 Row = Instruction | Conversation | Document

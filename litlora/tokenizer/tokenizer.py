@@ -76,6 +76,16 @@ class Tokenizer:
         return tuple(sorted(ids))
 
     @property
+    def prefix(self) -> list[int]:
+        """The ids that the tokenizer puts before every text."""
+        return self._backend.prefix
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """What is taken for a special token wherever a text has it."""
+        return self._backend.hard
+
+    @property
     def eos_id(self) -> int:
         """Raises InputError where no file of the model names an eos token."""
         if self._eos_id is None:
