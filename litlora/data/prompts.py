@@ -15,7 +15,7 @@ import jinja2
 from litlora.data.rows import Conversation, Document, Instruction, Row
 from litlora.errors import InputError
 from litlora.tokenizer import Tokenizer
-from litlora.tokenizer.chat import environment
+from litlora.tokenizer.sandbox import Template
 
 # Stanford Alpaca's two prompts; {instruction} and {input} are filled in.
 _WITH_INPUT = (
@@ -185,15 +185,15 @@ def _template(source: str, where: str) -> Callable[[str, str], str]:
     if "instruction" not in source:
         raise InputError("the prompt template never names the instruction", where=where, wanted="{{ instruction }}")
     try:
-        template = environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined).from_string(source)
+        template = Template(source, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
         template.render(instruction="", input="")
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except jinja2.TemplateError as error:
         raise InputError("the prompt template is not valid", where=where, got=error) from error
 
     def fill(instruction: str, input: str) -> str:
         try:
             return template.render(instruction=instruction, input=input)
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except jinja2.TemplateError as error:
             raise InputError("the prompt template cannot be filled in", where=where, got=error) from error
 
     return fill
