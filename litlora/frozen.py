@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.errors import InputError
+from litlora.ops.parts import Parts
 
 BLOCKSIZE = 64  # weights that share one absmax, bitsandbytes' default
 SLICE = 2**20  # weights quantized at a time on the CPU: whole blocks
@@ -28,12 +30,14 @@ class FrozenLinear(nn.Module):
     out_features: int
     bias: nn.Parameter | None
 
-    def mm(self, x: Tensor) -> Tensor:
-        """x (N, I) -> x Wᵀ (N, O), without bias."""
+    accumulates = True  # `add` is read by the product's own epilogue
+
+    def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x (N, I) -> x Wᵀ (N, O), without bias; into `add`, added to what it holds, where given."""
         raise NotImplementedError
 
-    def mm_t(self, gradient: Tensor) -> Tensor:
-        """gradient (N, O) -> gradient W (N, I)."""
+    def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
+        """gradient (N, O) -> gradient W (N, I), as `mm`."""
         raise NotImplementedError
 
     def dense_weight(self) -> Tensor:
@@ -46,8 +50,17 @@ class FrozenLinear(nn.Module):
         y: Tensor = _FrozenMatmul.apply(x, self) if x.requires_grad else self.mm(x)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def parts(self) -> Parts:
+        """For the fused operations."""
+        return Parts(self)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def _product(x: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
+    """x (N, I) weight (I, O)."""
+    return x @ weight if add is None else torch.addmm(add, x, weight, out=add)
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -74,11 +87,11 @@ class DenseLinear(FrozenLinear):
         self.weight = weight if isinstance(weight, nn.Parameter) else _frozen(weight)  # a tied head shares a Parameter
         self.bias = None if bias is None else _frozen(bias)
 
-    def mm(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return _product(x, self.weight.to(x.dtype).t(), add)
 
-    def mm_t(self, gradient: Tensor) -> Tensor:
-        return gradient @ self.weight
+    def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
+        return _product(gradient, self.weight.to(gradient.dtype), add)
 
     def dense_weight(self) -> Tensor:
         return self.weight
@@ -155,19 +168,101 @@ class FourBitLinear(FrozenLinear):
         return bnb.QuantState(**common)
 
     def dense_weight(self) -> Tensor:
+        if self.weight.is_cuda and _has_triton():  # one kernel where bitsandbytes has two, at the memory's speed
+            from litlora.ops import kernels
+
+            nested = (self.absmax_absmax, self.absmax_code, self.offset) if self.nested else None
+            shape = (self.out_features, self.in_features)
+            return kernels.dequantize(self.weight, self.absmax, self.code, nested, shape, self.dtype)
         import bitsandbytes.functional as bnb
 
         return bnb.dequantize_4bit(self.weight, self.state())  # type: ignore[no-any-return]
 
-    def mm(self, x: Tensor) -> Tensor:
-        if x.shape[0] == 1 and x.is_cuda and not x.requires_grad:
+    def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        if x.shape[0] == 1 and x.is_cuda and not x.requires_grad and add is None:
             import bitsandbytes.functional as bnb
 
             return bnb.gemv_4bit(x, self.weight.t(), state=self.state())  # type: ignore[no-any-return]
-        return F.linear(x, self.dense_weight().to(x.dtype))
+        return _product(x, self.dense_weight().to(x.dtype).t(), add)
 
-    def mm_t(self, gradient: Tensor) -> Tensor:
-        return gradient @ self.dense_weight().to(gradient.dtype)
+    def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
+        return _product(gradient, self.dense_weight().to(gradient.dtype), add)
+
+
+class Fp8Linear(FrozenLinear):
+    """The weight in 8-bit floats (e4m3) with a scale a row, read in both directions from one copy.
+
+    On a card with fp8 products (Ada, Hopper) x is rounded row by row too; elsewhere the weight is widened. The backward
+    product runs over the weight's rows, so their scales are folded into the gradient before it is rounded; the card
+    takes one layout only, so the bytes are transposed for the moment.
+    """
+
+    accumulates = False
+    weight: nn.Parameter  # (O, I) float8_e4m3fn
+    scales: nn.Parameter  # (O,) fp32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
+        wide = weight.float()
+        scales = wide.abs().amax(1).clamp(min=1e-12) / FP8_MAX
+        self.weight, self.scales = _frozen((wide / scales[:, None]).to(torch.float8_e4m3fn)), _frozen(scales)
+        self.bias = None if bias is None else _frozen(bias)
+        shaped = self.in_features % 16 == 0 and self.out_features % 16 == 0
+        self.products = weight.is_cuda and shaped and has_fp8(weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
+        """Moves, never casts."""
+        super()._apply(lambda t: t.to(fn(t).device), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def dense_weight(self) -> Tensor:
+        return (self.weight.float() * self.scales[:, None]).to(self.dtype)
+
+    def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        if not self.products:
+            return _product(x, self.dense_weight().to(x.dtype).t(), add)
+        from litlora.ops import kernels
+
+        return _fp8_product(*kernels.quantize_rows(x), self.weight.t(), self.scales[None], x.dtype, add)
+
+    def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
+        if not self.products:
+            return _product(gradient, self.dense_weight().to(gradient.dtype), add)
+        from litlora.ops import kernels
+
+        rounded = kernels.quantize_rows(gradient, self.scales)
+        turned = kernels.transpose_bytes(self.weight).t()
+        ones = torch.ones(1, self.in_features, device=gradient.device)
+        return _fp8_product(*rounded, turned, ones, gradient.dtype, add)
+
+
+FP8_MAX = 448.0  # the largest float8_e4m3fn
+
+
+def _fp8_product(
+    x: Tensor, rows: Tensor, weight: Tensor, columns: Tensor, dtype: torch.dtype, add: Tensor | None
+) -> Tensor:
+    """x (N, I) and weight (I, O), column-major, in fp8, with scales (N, 1) and (1, O). The sums are the tensor cores'
+    own (fast accumulation): what that costs is measured on whole runs."""
+    wide = torch.bfloat16 if dtype == torch.float32 else dtype
+    y = torch._scaled_mm(x, weight, rows, columns, out_dtype=wide, use_fast_accum=True).to(dtype)
+    return y if add is None else add.add_(y)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether this card multiplies in fp8 with a scale a row, and Triton is there to round for it."""
+    return torch.cuda.get_device_capability(device) >= (8, 9) and _has_triton()
+
+
+@lru_cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 class Quantizer(Protocol):
@@ -207,24 +302,36 @@ class FourBit:
         return FourBitLinear(weight, None if bias is None else bias.to(self.dtype), kind, nested, self.dtype)
 
 
+@dataclass(frozen=True)
+class Fp8:
+    """8-bit floats; `dtype` is that of what goes in and out."""
+
+    dtype: torch.dtype
+    name: str = "fp8"
+
+    def freeze(self, weight: Tensor, bias: Tensor | None) -> FrozenLinear:
+        return Fp8Linear(weight, None if bias is None else bias.to(self.dtype), self.dtype)
+
+
 FOUR_BIT = {
     "bnb.nf4": ("nf4", False),
     "bnb.nf4-dq": ("nf4", True),
     "bnb.fp4": ("fp4", False),
     "bnb.fp4-dq": ("fp4", True),
 }
+QUANTIZERS = (*FOUR_BIT, "fp8")
 
 
 def make_quantizer(name: str | None, dtype: torch.dtype, device: torch.device, flag: str = "--quantize") -> Quantizer:
     """The quantizer of a flag's value, tried once on `device`. Raises InputError where it cannot run."""
     if name is None:
         return Dense(dtype)
-    if name not in FOUR_BIT:
-        raise InputError(f"unknown {flag}", got=name, wanted=", ".join(FOUR_BIT))
-    quantizer = FourBit(name, dtype)
+    if name not in QUANTIZERS:
+        raise InputError(f"unknown {flag}", got=name, wanted=", ".join(QUANTIZERS))
+    quantizer: Quantizer = Fp8(dtype) if name == "fp8" else FourBit(name, dtype)
     try:
         trial = torch.ones(BLOCKSIZE, BLOCKSIZE, dtype=dtype, device=device)
-        quantizer.freeze(trial, None).dense_weight()
+        quantizer.freeze(trial, None).mm(trial)
     except Exception as error:  # whatever bitsandbytes raises where its library does not load
         raise InputError(
             "this machine cannot quantize",

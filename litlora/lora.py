@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.errors import InputError
+from litlora.ops.parts import Parts
 
 Number = TypeVar("Number", int, float)
 
@@ -100,6 +101,14 @@ class LoRALinear(nn.Module):
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
         z = F.linear(F.linear(z, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
         return y + self.scale * z
+
+    def parts(self) -> Parts | None:
+        """For the fused operations; None where the base trains itself."""
+        base = self.base_layer.parts() if hasattr(self.base_layer, "parts") else None  # type: ignore[operator]
+        if base is None:
+            return None
+        dropout = self.dropout if self.training else 0.0
+        return Parts(base.frozen, self.lora_A.weight, self.lora_B.weight, self.scale, dropout)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout}"

@@ -35,6 +35,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
+    def residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, its norm)."""
+        return self.ops.residual_norm(x, self.weight, self.eps)
+
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, linear: MakeLinear, ops: Ops) -> None:
@@ -49,13 +53,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, ops) if norms else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, ops) if norms else nn.Identity()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
+    def forward(self, residual: Tensor, x: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
+        """residual (N, C) + attention over x (N, C)."""
         heads = (len(x), -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads))  # (N, H, D)
-        k = self.k_norm(self.k_proj(x).view(heads))  # (N, K, D)
-        v = self.v_proj(x).view(heads)
-        out = view.attend(self.ops.rope(q, cos, sin), self.ops.rope(k, cos, sin), v)
-        return self.o_proj(out.flatten(1))  # type: ignore[no-any-return]
+        q, k, v = (y.view(heads) for y in self.ops.linears(x, (self.q_proj, self.k_proj, self.v_proj)))
+        q, k = self.ops.rope(self.q_norm(q), self.k_norm(k), cos, sin)  # (N, H, D), (N, K, D)
+        return self.ops.linear_add(residual, view.attend(q, k, v).flatten(1), self.o_proj)
 
 
 class MLP(nn.Module):
@@ -67,8 +70,8 @@ class MLP(nn.Module):
         self.down_proj = linear(inner, hidden, bias)
         self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.mlp(x, self.gate_proj, self.up_proj, self.down_proj)
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        return self.ops.mlp(residual, x, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Block(nn.Module):
@@ -80,8 +83,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, view)
-        return x + self.mlp(self.post_attention_layernorm(x))  # type: ignore[no-any-return]
+        x = self.self_attn(*self.input_layernorm.residual(x), cos, sin, view)
+        return self.mlp(*self.post_attention_layernorm.residual(x))  # type: ignore[no-any-return]
 
 
 class Embedding(nn.Embedding):
@@ -142,8 +145,10 @@ class CausalLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The sum, not the mean, of the trained tokens' cross-entropies: the step divides, over all micro-batches."""
         packed = Packed(batch.positions, batch.cu_seqlens, batch.max_seqlen)
-        hidden = self.decoder(batch.input_ids, packed)
-        return self.decoder.ops.linear_cross_entropy(hidden, self.decoder.lm_head, batch.labels)
+        hidden = self.decoder(batch.input_ids, packed).index_select(0, batch.kept)
+        return self.decoder.ops.linear_cross_entropy(
+            hidden, self.decoder.lm_head, batch.labels.index_select(0, batch.kept)
+        )
 
 
 @torch.no_grad()

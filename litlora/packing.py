@@ -25,11 +25,15 @@ class Batch:
 
     input_ids: Tensor  # (N,) int64
     labels: Tensor  # (N,) int64
+    kept: Tensor  # (T,) int64: the T positions that have a label; known to the host, so that the card need not wait
     positions: Tensor  # (N,) int64, from 0 in each sequence
     cu_seqlens: Tensor  # (S + 1,) int32
     max_seqlen: int
-    trained_tokens: int  # labels that are not -100
     rows: tuple[int, ...]  # (S,) indices into the dataset
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.kept)
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; to a CUDA device through pinned memory, so that the copy overlaps the host's work."""
@@ -44,6 +48,7 @@ class Batch:
             self,
             input_ids=move(self.input_ids),
             labels=move(self.labels),
+            kept=move(self.kept),
             positions=move(self.positions),
             cu_seqlens=move(self.cu_seqlens),
         )
@@ -68,10 +73,10 @@ def collate(dataset: Dataset, indices: Sequence[int]) -> Batch:
     return Batch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
+        kept=torch.from_numpy((labels != IGNORED).nonzero()[0]),
         positions=torch.from_numpy(positions),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        trained_tokens=int((labels != IGNORED).sum()),
         rows=tuple(int(i) for i in indices),
     )
 

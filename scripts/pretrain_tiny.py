@@ -141,11 +141,12 @@ def _batch(ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], device: tor
     places = np.arange(len(ids)) - bounds[:-1].repeat(lengths)
     targets = np.append(ids[1:], 0).astype(np.int64)
     targets[bounds[1:] - 1] = IGNORED  # a document's end predicts nothing
-    arrays = (ids.astype(np.int64), targets, places, bounds.astype(np.int32))
-    input_ids, labels, positions, cu_seqlens = (torch.from_numpy(array) for array in arrays)
+    kept = (targets != IGNORED).nonzero()[0]
+    arrays = (ids.astype(np.int64), targets, kept, places, bounds.astype(np.int32))
+    input_ids, labels, trained, positions, cu_seqlens = (torch.from_numpy(array) for array in arrays)
     # one max_seqlen for all: each new value would compile anew
     rows = tuple(range(len(lengths)))
-    return Batch(input_ids, labels, positions, cu_seqlens, 512, len(ids) - len(lengths), rows).to(device)
+    return Batch(input_ids, labels, trained, positions, cu_seqlens, 512, rows).to(device)
 
 
 def initialize(decoder: Decoder) -> None:

@@ -82,8 +82,8 @@ def batch() -> Batch:
     ids = torch.randint(0, 300, (sum(lengths),), generator=generator)
     labels = torch.cat([torch.cat([part[1:], torch.tensor([-100])]) for part in ids.split(lengths)])
     packed = Packed.of_lengths(lengths)
-    count = int((labels != -100).sum())
-    return Batch(ids, labels, packed.positions, packed.cu_seqlens, packed.max_seqlen, count, (0, 1, 2, 3))
+    kept = (labels != -100).nonzero().squeeze(1)
+    return Batch(ids, labels, kept, packed.positions, packed.cu_seqlens, packed.max_seqlen, (0, 1, 2, 3))
 
 
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4", "bnb.fp4-dq"])

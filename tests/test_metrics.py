@@ -43,7 +43,7 @@ def batch_of(lengths: list[int], trained: int) -> Batch:
     positions = torch.cat([torch.arange(length) for length in lengths])
     bounds = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
     rows = tuple(range(len(lengths)))
-    return Batch(torch.full((n,), 3), labels, positions, bounds, max(lengths), trained, rows)
+    return Batch(torch.full((n,), 3), labels, torch.arange(trained), positions, bounds, max(lengths), rows)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

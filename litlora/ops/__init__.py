@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from litlora.ops import reference
@@ -12,10 +13,25 @@ from litlora.ops import reference
 
 @dataclass(frozen=True)
 class Ops:
-    """rms_norm(x, weight, eps), rope(x, cos, sin), mlp(x, gate, up, down) over linears of any kind, and
-    linear_cross_entropy(x, head, labels): shapes in `reference`, which is also what each replacement is held to."""
+    """Shapes and meaning are in `reference`, which is also what each replacement is held to."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
-    rope: Callable[[Tensor, Tensor, Tensor], Tensor] = reference.rope
-    mlp: Callable[[Tensor, nn.Module, nn.Module, nn.Module], Tensor] = reference.mlp
+    residual_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = reference.residual_norm
+    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = reference.rope
+    linears: Callable[[Tensor, Sequence[nn.Module]], tuple[Tensor, ...]] = reference.linears
+    linear_add: Callable[[Tensor, Tensor, nn.Module], Tensor] = reference.linear_add
+    mlp: Callable[[Tensor, Tensor, nn.Module, nn.Module, nn.Module], Tensor] = reference.mlp
     linear_cross_entropy: Callable[[Tensor, nn.Module, Tensor], Tensor] = reference.linear_cross_entropy
+
+
+def fastest(device: torch.device) -> tuple[Ops, str | None]:
+    """The operations for training on `device`, and why they are not the fused ones where a GPU cannot run those."""
+    if device.type != "cuda":
+        return Ops(), None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return Ops(), f"{torch.cuda.get_device_name(device)} is older than Ampere"
+    try:
+        from litlora.ops import fused
+    except ImportError as error:  # Windows, or a torch built without it
+        return Ops(), f"Triton does not load ({error})"
+    return Ops(**{name: getattr(fused, name) for name in Ops.__dataclass_fields__}), None

@@ -5,6 +5,7 @@ Sizes: N tokens, C hidden, H heads, D head dim, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # the label of a position that is not trained
 LOGITS_BYTES = 256 * 2**20  # fp32 logits held at a time
 
 
@@ -28,26 +28,43 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates x (N, H, D) by cos, sin (N, 1, D/2); the pair of dimension i is i + D/2, as in Hugging Face's layout."""
+def residual_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x, its norm): the residual stream goes on beside what is normalized."""
+    return x, rms_norm(x, weight, eps)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates q (N, H, D) and k (N, K, D) by cos, sin (N, 1, D/2)."""
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The pair of dimension i is i + D/2, as in Hugging Face's layout."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def mlp(x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
-    """SwiGLU over (N, C)."""
-    return down(F.silu(gate(x)) * up(x))  # type: ignore[no-any-return]
+def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Each linear's output, of the same x (N, I)."""
+    return tuple(module(x) for module in modules)
+
+
+def linear_add(residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
+    """residual (N, O) + linear(x)."""
+    return residual + linear(x)  # type: ignore[no-any-return]
+
+
+def mlp(residual: Tensor, x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+    """residual (N, C) + SwiGLU of x (N, C)."""
+    return residual + down(F.silu(gate(x)) * up(x))  # type: ignore[no-any-return]
 
 
 def linear_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-    """Sum of cross-entropies over the labelled positions, fp32 scalar. x (N, C), labels (N,), IGNORED = not trained.
+    """Sum of the cross-entropies of x (T, C) under labels (T,), fp32 scalar: trained positions only.
 
-    Positions without a label never reach the head, and no more than LOGITS_BYTES of logits are held: where one chunk
-    does not do, each is recomputed in the backward pass.
+    No more than LOGITS_BYTES of logits are held: where one chunk does not do, each is recomputed in the backward pass.
     """
-    kept = (labels != IGNORED).nonzero().squeeze(1)
-    x, labels = x.index_select(0, kept), labels.index_select(0, kept)
     vocabulary = int(head.out_features)  # type: ignore[arg-type]
     rows = max(1, LOGITS_BYTES // (4 * vocabulary))
     if len(labels) <= rows:

@@ -1,0 +1,369 @@
+"""The operations of a CUDA card: cuBLAS products that add into what is there, Triton kernels around them, and backward
+passes written by hand that keep only what they need. Each is held to `reference`, which also takes what these cannot:
+weights that train themselves, fp64.
+
+Nothing is compiled to a graph, so no length of a pack recompiles anything.
+Sizes: N tokens, C hidden, F ffn, H heads, D head dim, V vocabulary, R rank, I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from litlora.ops import kernels, reference
+from litlora.ops.parts import Parts, parts_of
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def fp32_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32 from the products' fp32 sums: an adapter's gradient is not rounded to 16 bit."""
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+# ---------------------------------------------------------------- linears that read the same x
+
+
+class Group:
+    """Linears over one x, adapted or not: their products forward and backward, without autograd.
+
+    The A of all are one matrix (ΣR, I), so that x is read once for them; the scale is folded into B.
+    """
+
+    def __init__(self, parts: Sequence[Parts], seed: int, factors: Sequence[Tensor]) -> None:
+        """`factors`: what `cast` made of the parts."""
+        self.parts, self.seed = parts, seed
+        self.adapted = [(index, p) for index, p in enumerate(parts) if p.A is not None]
+        self.dropout = self.adapted[0][1].dropout if self.adapted else 0.0
+        self.a, self.b = (factors[0], factors[1:]) if factors else (None, ())
+        self.ranks = [b.shape[1] for b in self.b]
+        self.together = len(set(self.ranks)) == 1 and self.ranks[0] <= kernels.LARGEST_RANK
+
+    @staticmethod
+    def cast(parts: Sequence[Parts], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(A of all, each scaled B) in the products' dtype. Saved for the backward pass as any tensor, so that
+        checkpointing drops and remakes them."""
+        tops = [p.A.to(dtype) for p in parts if p.A is not None]
+        if not tops:
+            return ()
+        scaled = [(p.B if p.scale == 1 else p.B * p.scale).to(dtype) for p in parts if p.B is not None]
+        return (torch.cat(tops) if len(tops) > 1 else tops[0], *scaled)
+
+    def _split(self, z: Tensor) -> list[Tensor]:
+        return list(z.split(self.ranks, dim=1))
+
+    def down(self, x: Tensor) -> Tensor | None:
+        """z (N, ΣR) = dropout(x) Aᵀ."""
+        if self.a is None:
+            return None
+        if not self.dropout:
+            return x @ self.a.t()
+        if self.together:
+            return kernels.dropped_down(x, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.dropout)
+        pairs = enumerate(self.a.split(self.ranks))
+        return torch.cat([kernels.dropped(x, self.seed, which, self.dropout) @ a.t() for which, a in pairs], dim=1)
+
+    def up(self, x: Tensor, z: Tensor | None, base: Tensor | None = None) -> list[Tensor]:
+        """The outputs (N, O), each on top of `base` (which is kept) where given."""
+        low = dict(zip((index for index, _ in self.adapted), zip(self._split(z), self.b, strict=True), strict=True)) if z is not None else {}  # noqa: E501
+        return [self._one(p, x, *low.get(index, (None, None)), base) for index, p in enumerate(self.parts)]
+
+    def _one(self, p: Parts, x: Tensor, z: Tensor | None, b: Tensor | None, base: Tensor | None) -> Tensor:
+        y: Tensor | None = None
+        if not p.frozen.accumulates:  # the product first, the rest on top of it
+            y = p.frozen.mm(x)
+            if base is not None:
+                y = y.add_(base)
+            if z is not None and b is not None:
+                y = _low_rank(z, b, y, y)
+        else:
+            if z is not None and b is not None:
+                y = z @ b.t() if base is None else _low_rank(z, b, base, None)
+            elif base is not None:
+                y = base.clone()
+            y = p.frozen.mm(x, y)
+        return y if p.frozen.bias is None else y.add_(p.frozen.bias.to(y.dtype))
+
+    def backward(
+        self, x: Tensor | None, z: Tensor | None, dys: Sequence[Tensor], *, need_x: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """dx (N, I) and the gradients of A and B of each linear in turn, fp32. `x` may be None where none is adapted."""
+        gradients: list[Tensor | None] = [None] * (2 * len(self.parts))
+        dx: Tensor | None = None
+        if z is not None and x is not None and self.a is not None:
+            dz = torch.empty_like(z)
+            pairs = zip(self.adapted, self._split(dz), self._split(z), self.b, strict=True)
+            for (index, p), part, low, b in pairs:
+                torch.mm(dys[index], b, out=part)
+                gradients[2 * index + 1] = fp32_mm(dys[index].t(), low) * p.scale
+            for (index, _), gradient in zip(self.adapted, self._top_gradients(dz, x), strict=True):
+                gradients[2 * index] = gradient
+            if need_x:
+                dx = self._low_rank_dx(dz)
+        if need_x:
+            for p, dy in zip(self.parts, dys, strict=True):
+                dx = p.frozen.mm_t(dy, dx)
+        return dx, gradients
+
+    def _top_gradients(self, dz: Tensor, x: Tensor) -> Sequence[Tensor]:
+        if not self.dropout:
+            return fp32_mm(dz.t(), x).split(self.ranks)
+        if self.together:
+            return kernels.dropped_a(dz, x, self.seed, self.dropout, len(self.ranks)).unbind()
+        parts = enumerate(self._split(dz))
+        return [fp32_mm(part.t(), kernels.dropped(x, self.seed, which, self.dropout)) for which, part in parts]
+
+    def _low_rank_dx(self, dz: Tensor) -> Tensor:
+        assert self.a is not None
+        if not self.dropout:
+            return dz @ self.a
+        if self.together:
+            return kernels.dropped_up(dz, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.dropout)
+        parts = enumerate(zip(self._split(dz), self.a.split(self.ranks), strict=True))
+        pieces = [kernels.dropped(part @ a, self.seed, which, self.dropout) for which, (part, a) in parts]
+        return torch.stack(pieces).sum(0)
+
+
+def _low_rank(z: Tensor, b: Tensor, base: Tensor, out: Tensor | None) -> Tensor:
+    if b.shape[1] <= kernels.LARGEST_RANK:
+        return kernels.low_rank_add(z, b, base, out)
+    return torch.addmm(base, z, b.t()) if out is None else torch.addmm(out, z, b.t(), out=out)
+
+
+def factors(parts: Sequence[Parts]) -> list[Tensor | None]:
+    return [side for p in parts for side in (p.A, p.B)]
+
+
+def draw_seed(parts: Sequence[Parts]) -> int:
+    """Of the dropout masks, from torch's CPU generator: seeded, saved and restored as every other random number."""
+    return int(torch.randint(2**31, ())) if any(p.dropout for p in parts) else 0
+
+
+def _cast(gradients: Sequence[Tensor | None], parts: Sequence[Parts]) -> list[Tensor | None]:
+    return [None if g is None or f is None else g.to(f.dtype) for g, f in zip(gradients, factors(parts), strict=True)]
+
+
+def _usable(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Parts, ...] | None:
+    return parts_of(linears) if product_dtype(x) in DTYPES else None
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: tuple[Parts, ...], seed: int, *_factors: Tensor | None) -> Any:
+        cast = Group.cast(parts, x.dtype)
+        group = Group(parts, seed, cast)
+        z = group.down(x)
+        ctx.parts, ctx.seed = parts, seed
+        ctx.save_for_backward(x if z is not None else None, z, *cast)
+        return tuple(group.up(x, z))
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        x, z, *cast = ctx.saved_tensors
+        dys = tuple(dy.contiguous() for dy in dys)
+        dx, gradients = Group(ctx.parts, ctx.seed, cast).backward(x, z, dys, need_x=ctx.needs_input_grad[0])
+        return dx, None, None, *_cast(gradients, ctx.parts)
+
+
+def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    parts = _usable(x, modules)
+    if parts is None:
+        return reference.linears(x, modules)
+    x = x.to(product_dtype(x))
+    return _Linears.apply(x, parts, draw_seed(parts), *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _LinearAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, x: Tensor, parts: tuple[Parts, ...], seed: int, *_factors: Any) -> Tensor:
+        cast = Group.cast(parts, x.dtype)
+        group = Group(parts, seed, cast)
+        z = group.down(x)
+        ctx.parts, ctx.seed, ctx.dtype = parts, seed, x.dtype
+        ctx.save_for_backward(x if z is not None else None, z, *cast)
+        return _on_top(group, x, z, residual)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        x, z, *cast = ctx.saved_tensors
+        dy = dys[0].contiguous().to(ctx.dtype)
+        dx, gradients = Group(ctx.parts, ctx.seed, cast).backward(x, z, [dy], need_x=ctx.needs_input_grad[1])
+        return dys[0], dx, None, None, *_cast(gradients, ctx.parts)
+
+
+def _on_top(group: Group, x: Tensor, z: Tensor | None, residual: Tensor) -> Tensor:
+    """residual + the group's one linear; a residual stream may be wider than the products (bf16-mixed)."""
+    if residual.dtype == x.dtype:
+        return group.up(x, z, residual)[0]
+    return residual + group.up(x, z)[0]
+
+
+def linear_add(residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
+    parts = _usable(x, [linear])
+    if parts is None:
+        return reference.linear_add(residual, x, linear)
+    x = x.to(product_dtype(x))
+    return _LinearAdd.apply(residual, x, parts, draw_seed(parts), *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+
+
+# ---------------------------------------------------------------- MLP
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, x: Tensor, parts: tuple[Parts, ...], seed: int, *_factors: Any) -> Tensor:
+        casts = Group.cast(parts[:2], x.dtype), Group.cast(parts[2:], x.dtype)
+        inner, outer = Group(parts[:2], seed, casts[0]), Group(parts[2:], seed + 1, casts[1])
+        z = inner.down(x)
+        gate, up = inner.up(x, z)
+        hidden = kernels.swiglu(gate, up)
+        z_outer = outer.down(hidden)
+        kept = hidden if z_outer is not None else None
+        ctx.parts, ctx.seed, ctx.split = parts, seed, len(casts[0])
+        ctx.save_for_backward(x if z is not None else None, z, gate, up, kept, z_outer, *casts[0], *casts[1])
+        return _on_top(outer, hidden, z_outer, residual)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *dys: Tensor) -> Any:
+        x, z, gate, up, hidden, z_outer, *cast = ctx.saved_tensors
+        inner = Group(ctx.parts[:2], ctx.seed, cast[: ctx.split])
+        outer = Group(ctx.parts[2:], ctx.seed + 1, cast[ctx.split :])
+        dy = dys[0].contiguous().to(gate.dtype)
+        d_hidden, last = outer.backward(hidden, z_outer, [dy], need_x=True)
+        d_gate, d_up = kernels.swiglu_backward(d_hidden, gate, up)
+        dx, first = inner.backward(x, z, [d_gate, d_up], need_x=ctx.needs_input_grad[1])
+        return dys[0], dx, None, None, *_cast([*first, *last], ctx.parts)
+
+
+def mlp(residual: Tensor, x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+    parts = _usable(x, [gate, up, down])
+    if parts is None:
+        return reference.mlp(residual, x, gate, up, down)
+    x = x.to(product_dtype(x))
+    return _MLP.apply(residual, x, parts, draw_seed(parts), *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+
+
+# ---------------------------------------------------------------- norms, rotary embedding
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, rstd = kernels.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return x, y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        past, dy = gradients
+        return kernels.rms_norm_backward(dy.contiguous(), x, weight, rstd, past.contiguous()), None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = kernels.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        return kernels.rms_norm_backward(dys[0].contiguous(), x, weight, rstd, None), None, None
+
+
+def _norms(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype in DTYPES and x.dtype == weight.dtype and not weight.requires_grad
+
+
+def residual_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if not _norms(x, weight):
+        return reference.residual_norm(x, weight, eps)
+    return _ResidualNorm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not _norms(x, weight):
+        return reference.rms_norm(x, weight, eps)
+    flat = x.reshape(-1, x.shape[-1])
+    return _Norm.apply(flat, weight, eps).view(x.shape)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return kernels.rope(q.contiguous(), k.contiguous(), cos, sin)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        dq, dk = (gradient.contiguous() for gradient in gradients)
+        return *kernels.rope(dq, dk, cos, sin, backward=True), None, None
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    if q.dtype not in DTYPES:
+        return reference.rope(q, k, cos, sin)
+    return _Rope.apply(q, k, cos.contiguous(), sin.contiguous())  # type: ignore[no-any-return,no-untyped-call]
+
+
+# ---------------------------------------------------------------- the head and its loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient is worked out along with the loss, chunk by chunk, so that no logits are kept or made twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, labels: Tensor, parts: tuple[Parts, ...], seed: int, *_factors: Any) -> Tensor:
+        ctx.parts, cast = parts, Group.cast(parts, x.dtype)
+        needed = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:])
+        rows = max(1, reference.LOGITS_BYTES // (x.element_size() * parts[0].frozen.out_features))
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        sums: list[Tensor | None] = [None, None]
+        for start in range(0, len(x), rows):
+            group = Group(parts, seed + start, cast)
+            piece = x[start : start + rows]
+            z = group.down(piece)
+            (logits,) = group.up(piece, z)
+            losses = kernels.cross_entropy(logits, labels[start : start + rows], gradient=needed)
+            total += losses.sum()
+            if needed:
+                part, gradients = group.backward(piece, z, [logits], need_x=dx is not None)
+                sums = [new if old is None else old + new if new is not None else old for old, new in zip(sums, gradients, strict=True)]  # noqa: E501
+                if dx is not None and part is not None:
+                    dx[start : start + rows] = part
+        ctx.save_for_backward(dx, *sums)
+        return total
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        dx, *sums = (None if saved is None else saved * gradients[0] for saved in ctx.saved_tensors)
+        return dx, None, None, None, *_cast(sums, ctx.parts)
+
+
+def linear_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+    parts = _usable(x, [head])
+    if parts is None:
+        return reference.linear_cross_entropy(x, head, labels)
+    x = x.to(product_dtype(x))
+    return _LinearCrossEntropy.apply(x, labels, parts, draw_seed(parts), *factors(parts))  # type: ignore[no-any-return,no-untyped-call]

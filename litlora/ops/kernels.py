@@ -1,0 +1,435 @@
+"""Triton kernels of the fused operations, each with the function that launches it: no autograd here.
+
+They take contiguous CUDA tensors of any 16- or 32-bit float dtype, compute in fp32 and round once on the way out.
+Sizes: N tokens, C hidden, F ffn, H heads, D head dim, V vocabulary, R rank, I in, O out.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def _power(n: int) -> int:
+    return int(triton.next_power_of_2(n))
+
+
+# ---------------------------------------------------------------- RMSNorm
+
+
+@triton.jit
+def _rms_norm(x, weight, y, rstd, size, eps, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    inside = column < size
+    raw = tl.load(x + row * size + column, mask=inside, other=0.0)
+    value = raw.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / size + eps)
+    tl.store(rstd + row, scale)
+    # rounded before it is scaled, as the reference and transformers do
+    w = tl.load(weight + column, mask=inside, other=0.0)
+    tl.store(y + row * size + column, (value * scale).to(raw.dtype) * w, mask=inside)
+
+
+@triton.jit
+def _rms_norm_backward(dy, x, weight, rstd, residual, dx, size, add: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    inside, place = column < size, row * size + column
+    scale = tl.load(rstd + row)
+    w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32) * w
+    normal = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * scale
+    g = (g - normal * (tl.sum(g * normal, 0) / size)) * scale
+    if add:
+        g += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + place, g, mask=inside)
+
+
+def _norm_warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x (N, C), weight (C,) -> y (N, C) and 1/rms (N,) fp32."""
+    rows, size = x.shape
+    y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = _power(size)
+    _rms_norm[(rows,)](x, weight, y, rstd, size, eps, block=block, num_warps=_norm_warps(block))
+    return y, rstd
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
+    """dx (N, C), with `residual` (N, C), the gradient that went past the norm, added to it."""
+    rows, size = x.shape
+    dx, block = torch.empty_like(x), _power(size)
+    add = residual is not None
+    _rms_norm_backward[(rows,)](
+        dy, x, weight, rstd, residual if add else dy, dx, size, add=add, block=block, num_warps=_norm_warps(block)
+    )
+    return dx
+
+
+# ---------------------------------------------------------------- rotary embedding
+
+
+@triton.jit
+def _rotate(x, y, cos, sin, row, heads, half: tl.constexpr, heads_block: tl.constexpr, half_block: tl.constexpr, sign):  # type: ignore[no-untyped-def]
+    head = tl.arange(0, heads_block)[:, None]
+    pair = tl.arange(0, half_block)[None, :]
+    inside = (head < heads) & (pair < half)
+    place = row * heads * 2 * half + head * 2 * half + pair
+    c = tl.load(cos + row * half + pair, mask=pair < half, other=0.0).to(tl.float32)
+    s = tl.load(sin + row * half + pair, mask=pair < half, other=0.0).to(tl.float32) * sign
+    first = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(x + place + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, first * c - second * s, mask=inside)
+    tl.store(y + place + half, second * c + first * s, mask=inside)
+
+
+@triton.jit
+def _rope(  # type: ignore[no-untyped-def]
+    q, k, q_out, k_out, cos, sin, sign, heads, kv_heads,
+    half: tl.constexpr, heads_block: tl.constexpr, kv_block: tl.constexpr, half_block: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    _rotate(q, q_out, cos, sin, row, heads, half, heads_block, half_block, sign)
+    _rotate(k, k_out, cos, sin, row, kv_heads, half, kv_block, half_block, sign)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = False) -> tuple[Tensor, Tensor]:
+    """Rotates q (N, H, D) and k (N, K, D) by cos, sin (N, 1, D/2); back again with `backward`."""
+    rows, heads, size = q.shape
+    q_out, k_out, half = torch.empty_like(q), torch.empty_like(k), size // 2
+    _rope[(rows,)](
+        q, k, q_out, k_out, cos, sin, -1.0 if backward else 1.0, heads, k.shape[1],
+        half=half, heads_block=_power(heads), kv_block=_power(k.shape[1]), half_block=_power(half), num_warps=4,
+    )  # fmt: skip
+    return q_out, k_out
+
+
+# ---------------------------------------------------------------- SwiGLU
+
+
+@triton.jit(do_not_specialize=["size"])
+def _swiglu(gate, up, y, size, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = place < size
+    raw = tl.load(gate + place, mask=inside, other=0.0)
+    g = raw.to(tl.float32)
+    u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, (g * tl.sigmoid(g)).to(raw.dtype).to(tl.float32) * u, mask=inside)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _swiglu_backward(dy, gate, up, d_gate, size, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = place < size
+    g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
+    gated = tl.sigmoid(g)
+    tl.store(d_gate + place, d * u * gated * (1 + g * (1 - gated)), mask=inside)
+    tl.store(dy + place, d * g * gated, mask=inside)
+
+
+_FLAT = 2048
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, any shape."""
+    y, size = torch.empty_like(gate), gate.numel()
+    _swiglu[(triton.cdiv(size, _FLAT),)](gate, up, y, size, block=_FLAT, num_warps=4)
+    return y
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """(d_gate, d_up); d_up takes dy's place."""
+    d_gate, size = torch.empty_like(gate), gate.numel()
+    _swiglu_backward[(triton.cdiv(size, _FLAT),)](dy, gate, up, d_gate, size, block=_FLAT, num_warps=4)
+    return d_gate, dy
+
+
+# ---------------------------------------------------------------- cross-entropy
+
+
+@triton.jit
+def _cross_entropy(logits, labels, losses, size, gradient: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * size
+    label = tl.load(labels + row)
+    # in one reading, the running maximum of each lane and the sum of exponentials relative to it; no infinity, so that
+    # a lane without a logit is 0 and not no number
+    best = tl.full((block,), -1e38, tl.float32)
+    total = tl.zeros((block,), tl.float32)
+    for start in range(0, size, block):
+        column = start + tl.arange(0, block)
+        value = tl.load(logits + column, mask=column < size, other=-1e38).to(tl.float32)
+        higher = tl.maximum(best, value)
+        total = total * tl.exp(best - higher) + tl.where(column < size, tl.exp(value - higher), 0.0)
+        best = higher
+    top = tl.max(best, 0)
+    logsum = top + tl.log(tl.sum(total * tl.exp(best - top), 0))
+    tl.store(losses + row, logsum - tl.load(logits + label).to(tl.float32))
+    if gradient:
+        for start in range(0, size, block):
+            column = start + tl.arange(0, block)
+            value = tl.load(logits + column, mask=column < size, other=-1e38).to(tl.float32)
+            tl.store(logits + column, tl.exp(value - logsum) - (column == label), mask=column < size)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+    """Losses (N,) fp32 of logits (N, V) and labels (N,); with `gradient` the logits are overwritten by theirs."""
+    rows, size = logits.shape
+    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    _cross_entropy[(rows,)](logits, labels, losses, size, gradient=gradient, block=min(4096, _power(size)), num_warps=8)
+    return losses
+
+
+# ---------------------------------------------------------------- low rank
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _low_rank_add(z, b, base, y, rows, size, z_stride, rank, add: tl.constexpr, tile: tl.constexpr, block: tl.constexpr, r: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inner = tl.arange(0, r)
+    left = tl.load(z + row[:, None] * z_stride + inner[None, :], mask=(row < rows)[:, None] & (inner < rank)[None, :], other=0.0)  # fmt: skip  # noqa: E501
+    right = tl.load(b + column[None, :] * rank + inner[:, None], mask=(column < size)[None, :] & (inner < rank)[:, None], other=0.0)  # fmt: skip  # noqa: E501
+    value = tl.dot(left, right, input_precision="ieee")
+    place = row[:, None].to(tl.int64) * size + column[None, :]
+    inside = (row < rows)[:, None] & (column < size)[None, :]
+    if add:
+        value += tl.load(base + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + place, value, mask=inside)
+
+
+LARGEST_RANK = 64  # that the kernels below hold in registers
+
+
+def low_rank_add(z: Tensor, b: Tensor, base: Tensor, out: Tensor | None = None) -> Tensor:
+    """base (N, O) + z (N, R) bᵀ, b (O, R); into `out` (which may be base) or a new tensor. Rows of z may be strided."""
+    rows, size = base.shape
+    rank = b.shape[1]
+    y = torch.empty_like(base) if out is None else out
+    tile, block = 64, 128
+    _low_rank_add[(triton.cdiv(rows, tile), triton.cdiv(size, block))](
+        z, b, base, y, rows, size, z.stride(0), rank, add=True, tile=tile, block=block, r=max(16, _power(rank)), num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+# ---------------------------------------------------------------- dropout before the low rank
+
+
+@triton.jit
+def _kept(seed, which, place, threshold):  # type: ignore[no-untyped-def]
+    """Whether an element stays for adapter `which`: a hash of its place and the seed (murmur3's mixer), not below the
+    threshold; the same in forward and backward, so that no mask is stored."""
+    h = place.to(tl.uint32) * 0x9E3779B1
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) ^ (seed + which * 40503).to(tl.uint32)
+    h = (h ^ (h >> 13)) * 0xC2B2AE35
+    h = h ^ (h >> 16)
+    return (h & 0xFFFFFF) >= threshold
+
+
+@triton.jit(do_not_specialize=["seed", "rows"])
+def _dropped_down(x, a, z, seed, rows, size, rank, z_stride, threshold, keep_scale, tile: tl.constexpr, block: tl.constexpr, r: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    which = tl.program_id(1)
+    inner = tl.arange(0, r)
+    total = tl.zeros((tile, r), tl.float32)
+    for start in range(0, size, block):
+        column = start + tl.arange(0, block)
+        place = row[:, None].to(tl.int64) * size + column[None, :]
+        value = tl.load(x + place, mask=(row < rows)[:, None] & (column < size)[None, :], other=0.0)
+        value = tl.where(_kept(seed, which, place, threshold), value, 0.0).to(value.dtype)
+        right = tl.load(a + which * rank * size + inner[None, :] * size + column[:, None], mask=(inner < rank)[None, :] & (column < size)[:, None], other=0.0)  # fmt: skip  # noqa: E501
+        total = tl.dot(value, right, total, input_precision="ieee")
+    place = z + row[:, None] * z_stride + which * rank + inner[None, :]
+    tl.store(place, total * keep_scale, mask=(row < rows)[:, None] & (inner < rank)[None, :])
+
+
+@triton.jit(do_not_specialize=["seed", "rows"])
+def _dropped_up(dz, a, dx, seed, rows, size, rank, count, z_stride, threshold, keep_scale, tile: tl.constexpr, block: tl.constexpr, r: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    inner = tl.arange(0, r)
+    place = row[:, None].to(tl.int64) * size + column[None, :]
+    total = tl.zeros((tile, block), tl.float32)
+    for which in range(count):
+        left = tl.load(dz + row[:, None] * z_stride + which * rank + inner[None, :], mask=(row < rows)[:, None] & (inner < rank)[None, :], other=0.0)  # fmt: skip  # noqa: E501
+        right = tl.load(a + which * rank * size + inner[:, None] * size + column[None, :], mask=(inner < rank)[:, None] & (column < size)[None, :], other=0.0)  # fmt: skip  # noqa: E501
+        value = tl.dot(left, right, input_precision="ieee")
+        total += tl.where(_kept(seed, which, place, threshold), value * keep_scale, 0.0)
+    tl.store(dx + place, total, mask=(row < rows)[:, None] & (column < size)[None, :])
+
+
+@triton.jit(do_not_specialize=["seed", "rows", "chunk"])
+def _dropped_a(dz, x, parts, seed, rows, size, rank, z_stride, chunk, threshold, keep_scale, count, tile: tl.constexpr, block: tl.constexpr, r: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+    column = tl.program_id(0) * block + tl.arange(0, block)
+    split, which = tl.program_id(1), tl.program_id(2)
+    inner = tl.arange(0, r)
+    total = tl.zeros((r, block), tl.float32)
+    for start in range(split * chunk, min(rows, (split + 1) * chunk), tile):
+        row = start + tl.arange(0, tile)
+        place = row[:, None].to(tl.int64) * size + column[None, :]
+        value = tl.load(x + place, mask=(row < rows)[:, None] & (column < size)[None, :], other=0.0)
+        value = tl.where(_kept(seed, which, place, threshold), value, 0.0).to(value.dtype)
+        left = tl.load(dz + row[None, :] * z_stride + which * rank + inner[:, None], mask=(row < rows)[None, :] & (inner < rank)[:, None], other=0.0)  # fmt: skip  # noqa: E501
+        total = tl.dot(left, value, total, input_precision="ieee")
+    place = parts + ((split * count + which) * rank + inner[:, None]) * size + column[None, :]
+    tl.store(place, total * keep_scale, mask=(inner < rank)[:, None] & (column < size)[None, :])
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _dropped(x, y, seed, which, size, threshold, keep_scale, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * block + tl.arange(0, block)
+    place = row * size + column
+    value = tl.load(x + place, mask=column < size, other=0.0).to(tl.float32)
+    tl.store(y + place, tl.where(_kept(seed, which, place, threshold), value * keep_scale, 0.0), mask=column < size)
+
+
+def _threshold(p: float) -> int:
+    return round(p * 2**24)
+
+
+def dropped(x: Tensor, seed: int, which: int, p: float) -> Tensor:
+    """dropout(x) of adapter `which`, (N, I): for ranks that the kernels above do not hold."""
+    y, size = torch.empty_like(x), x.shape[1]
+    _dropped[(len(x), triton.cdiv(size, 1024))](x, y, seed, which, size, _threshold(p), 1 / (1 - p), block=1024)
+    return y
+
+
+def dropped_down(x: Tensor, a: Tensor, seed: int, p: float) -> Tensor:
+    """z (N, J·R): for each of J adapters dropout_j(x) aᵀ_j. x (N, I), a (J, R, I), the same `seed` in each of the three."""
+    (rows, size), (count, rank, _) = x.shape, a.shape
+    z = torch.empty(rows, count * rank, dtype=x.dtype, device=x.device)
+    tile, block = 32, 128
+    _dropped_down[(triton.cdiv(rows, tile), count)](
+        x, a, z, seed, rows, size, rank, count * rank, _threshold(p), 1 / (1 - p),
+        tile=tile, block=block, r=max(16, _power(rank)), num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return z
+
+
+def dropped_up(dz: Tensor, a: Tensor, seed: int, p: float) -> Tensor:
+    """dx (N, I): the sum over J of the mask of j times dz_j a_j. dz (N, J·R)."""
+    rows, (count, rank, size) = len(dz), a.shape
+    dx = torch.empty(rows, size, dtype=dz.dtype, device=dz.device)
+    tile, block = 64, 128
+    _dropped_up[(triton.cdiv(rows, tile), triton.cdiv(size, block))](
+        dz, a, dx, seed, rows, size, rank, count, count * rank, _threshold(p), 1 / (1 - p),
+        tile=tile, block=block, r=max(16, _power(rank)), num_warps=4,
+    )  # fmt: skip
+    return dx
+
+
+def dropped_a(dz: Tensor, x: Tensor, seed: int, p: float, count: int) -> Tensor:
+    """dA (J, R, I) fp32: dz_jᵀ dropout_j(x), summed in pieces of tokens, always in the same order."""
+    rows, size = x.shape
+    rank = dz.shape[1] // count
+    tile, block = 32, 128
+    splits = max(1, min(16, rows // 512))
+    chunk = triton.cdiv(triton.cdiv(rows, splits), tile) * tile
+    parts = torch.empty(splits, count, rank, size, dtype=torch.float32, device=x.device)
+    _dropped_a[(triton.cdiv(size, block), splits, count)](
+        dz, x, parts, seed, rows, size, rank, count * rank, chunk, _threshold(p), 1 / (1 - p), count,
+        tile=tile, block=block, r=max(16, _power(rank)), num_warps=4,
+    )  # fmt: skip
+    return parts.sum(0)
+
+
+# ---------------------------------------------------------------- 4 bits
+
+
+@triton.jit
+def _dequantize(packed, absmax, code, nested_absmax, nested_code, offset, y, size, nested: tl.constexpr, blocks: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+    """`blocks` blocks of 64 weights a program; a byte holds two, the first in its high half."""
+    block = tl.program_id(0).to(tl.int64) * blocks + tl.arange(0, blocks)
+    known = block * 64 < size
+    if nested:
+        index = tl.load(absmax + block, mask=known, other=0).to(tl.int32)
+        scale = tl.load(nested_code + index) * tl.load(nested_absmax + block // 256, mask=known, other=0.0)
+        scale += tl.load(offset)
+    else:
+        scale = tl.load(absmax + block, mask=known, other=0.0)
+    byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
+    pair = tl.load(packed + byte, mask=byte * 2 < size, other=0).to(tl.int32)
+    high = tl.load(code + (pair >> 4)) * scale[:, None]
+    low = tl.load(code + (pair & 15)) * scale[:, None]
+    value = tl.interleave(high, low)
+    place = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(y + place, value, mask=place < size)
+
+
+def dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    nested: tuple[Tensor, Tensor, Tensor] | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight (O, I) of bitsandbytes' NF4 or FP4 in blocks of 64; `nested`: absmax and code of the absmax in blocks
+    of 256, and its offset."""
+    y = torch.empty(shape, dtype=dtype, device=packed.device)
+    size, blocks = y.numel(), 32
+    inner = nested or (absmax, code, code)
+    _dequantize[(triton.cdiv(size, 64 * blocks),)](
+        packed, absmax, code, *inner, y, size, nested=nested is not None, blocks=blocks, num_warps=4
+    )
+    return y
+
+
+# ---------------------------------------------------------------- 8 bits
+
+FP8_MAX = 448.0  # of torch.float8_e4m3fn
+
+
+@triton.jit
+def _quantize_rows(x, columns, y, scales, size, scaled: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, block)
+    inside = column < size
+    value = tl.load(x + row * size + column, mask=inside, other=0.0).to(tl.float32)
+    if scaled:
+        value *= tl.load(columns + column, mask=inside, other=0.0)
+    scale = tl.maximum(tl.max(tl.abs(value), 0), 1e-12) / 448.0
+    tl.store(scales + row, scale)
+    tl.store(y + row * size + column, (value / scale).to(tl.float8e4nv), mask=inside)
+
+
+def quantize_rows(x: Tensor, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x (N, I), each column first times `columns` (I,) fp32 -> fp8 (N, I) and the scale of each row (N, 1) fp32."""
+    rows, size = x.shape
+    y = torch.empty(rows, size, dtype=torch.float8_e4m3fn, device=x.device)
+    scales, block = torch.empty(rows, 1, dtype=torch.float32, device=x.device), _power(size)
+    _quantize_rows[(rows,)](
+        x, scales if columns is None else columns, y, scales, size,
+        scaled=columns is not None, block=block, num_warps=min(16, max(1, block // 1024)),
+    )  # fmt: skip
+    return y, scales
+
+
+@triton.jit
+def _transpose(x, y, rows, size, tile: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    column = tl.program_id(1) * tile + tl.arange(0, tile)
+    inside = (row < rows)[:, None] & (column < size)[None, :]
+    value = tl.load(x + row[:, None].to(tl.int64) * size + column[None, :], mask=inside)
+    tl.store(y + column[:, None].to(tl.int64) * rows + row[None, :], tl.trans(value), mask=tl.trans(inside))
+
+
+def transpose_bytes(x: Tensor) -> Tensor:
+    """A matrix (O, I) of one-byte values as (I, O), contiguous."""
+    rows, size = x.shape
+    y = torch.empty(size, rows, dtype=torch.uint8, device=x.device)
+    tile = 128
+    _transpose[(triton.cdiv(rows, tile), triton.cdiv(size, tile))](x.view(torch.uint8), y, rows, size, tile=tile, num_warps=8)  # fmt: skip  # noqa: E501
+    return y.view(x.dtype)
+
+

@@ -1,0 +1,57 @@
+"""What a linear is made of, as it says itself by `parts()`: all that a fused operation knows of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class FrozenMatrix(Protocol):
+    """A weight (O, I) that never trains, in any format; no autograd."""
+
+    @property
+    def in_features(self) -> int: ...
+
+    @property
+    def out_features(self) -> int: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether `add` costs nothing: the product's own epilogue reads it."""
+        ...
+
+    def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x (N, I) -> x Wᵀ (N, O); into `add`, added to what it holds, where given."""
+        ...
+
+    def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
+        """gradient (N, O) -> gradient W (N, I), as `mm`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """x Wᵀ + bias + scale · dropout(x) Aᵀ Bᵀ; without A and B a linear that is not adapted."""
+
+    frozen: FrozenMatrix
+    A: Tensor | None = None  # (R, I)
+    B: Tensor | None = None  # (O, R)
+    scale: float = 1.0
+    dropout: float = 0.0  # as in use: 0 outside of training
+
+
+def parts_of(linears: Sequence[nn.Module]) -> tuple[Parts, ...] | None:
+    """The parts of all, or None where one of them has a weight that trains itself (no `parts`)."""
+    found: list[Parts] = []
+    for linear in linears:
+        parts = linear.parts() if hasattr(linear, "parts") else None  # type: ignore[operator]
+        if parts is None:
+            return None
+        found.append(parts)
+    return tuple(found)

@@ -1,0 +1,354 @@
+"""The fused operations against the plain ones: outputs and gradients may be as far from fp32 as PyTorch's own are in the
+same dtype, no further. On a card in every dtype; without one in fp32 through Triton's interpreter, where Triton is
+installed (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton", reason="Triton is not installed")
+CUDA = torch.cuda.is_available()
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no CUDA GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+from litlora.config import ModelConfig  # noqa: E402
+from litlora.frozen import DenseLinear, FrozenLinear, make_quantizer  # noqa: E402
+from litlora.load import RandomWeights, load_model  # noqa: E402
+from litlora.lora import FLAG_TARGETS, LoRA, LoRALinear, adapt, lora_modules, lora_parameters  # noqa: E402
+from litlora.model import CausalLoss, Decoder  # noqa: E402
+from litlora.ops import Ops, fused, kernels, reference  # noqa: E402
+from litlora.packing import Batch  # noqa: E402
+from litlora.sequences import Packed  # noqa: E402
+
+pytestmark = [pytest.mark.gpu] if CUDA else []
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32] if CUDA else [torch.float32]
+FUSED = Ops(**{name: getattr(fused, name) for name in Ops.__dataclass_fields__})
+SCALE = 2.0
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, dtype=torch.float64) * scale).to(DEVICE, dtype)
+
+
+def held(run: Callable[[Any, torch.dtype], Sequence[Tensor]], dtype: torch.dtype) -> None:
+    """`run(ops, dtype)` gives outputs and gradients; the fused ones err no more than the plain ones do."""
+    truth = run(reference, torch.float32)
+    plain, ours = run(reference, dtype), run(fused, dtype)
+    assert len(truth) == len(ours) > 1
+    for number, (exact, theirs, mine) in enumerate(zip(truth, plain, ours, strict=True)):
+        assert mine.shape == exact.shape
+        assert mine.dtype == theirs.dtype
+        size = exact.float().norm()
+        error, allowed = (mine.float() - exact.float()).norm(), (theirs.float() - exact.float()).norm()
+        slack = 2e-5 if dtype == torch.float32 else 2e-4
+        assert error <= 1.2 * allowed + slack * size, (number, float(error / size), float(allowed / size))
+
+
+def backward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
+    torch.manual_seed(5)
+    gradients = [random(*y.shape).to(y.dtype) for y in outputs]
+    found = torch.autograd.grad(list(outputs), list(inputs), gradients)
+    return [*(y.detach() for y in outputs), *found]
+
+
+def linear(
+    size: int, out: int, r: int, dtype: torch.dtype, *, base: str | None = None, bias: bool = False, dropout: float = 0.0
+) -> nn.Module:
+    """A frozen linear of a format, adapted when r > 0; the same numbers for every dtype."""
+    torch.manual_seed(size * 31 + out * 7 + r)
+    weight, b = random(out, size, scale=0.05), random(out) if bias else None
+    frozen: FrozenLinear
+    if base is None:
+        frozen = DenseLinear(weight.to(dtype), None if b is None else b.to(dtype))
+    else:
+        frozen = make_quantizer(base, dtype, DEVICE).freeze(weight, b)
+    if not r:
+        return frozen
+    adapted = LoRALinear(frozen, r, SCALE, dropout, torch.float32)
+    with torch.no_grad():
+        adapted.lora_B.weight.copy_(random(out, r, scale=0.1))
+    return adapted.to(DEVICE)
+
+
+def trained(*modules: nn.Module) -> list[Tensor]:
+    return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 7, 130])
+def test_norms(rows: int, dtype: torch.dtype) -> None:
+    def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(0)
+        x, weight = random(rows, 96).to(dtype).requires_grad_(), random(96).to(dtype)
+        heads = random(rows, 3, 10).to(dtype).requires_grad_()
+        past, y = ops.residual_norm(x, weight, 1e-5)
+        return backward([past, y, ops.rms_norm(heads, weight[:10].clone(), 1e-6)], [x, heads])
+
+    held(run, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 16), (9, 3, 64), (6, 2, 10)])
+def test_rope(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
+    def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(0)
+        q, k = (random(7, h, size).to(dtype).requires_grad_() for h in (heads, kv_heads))
+        angle = random(7, 1, size // 2)
+        return backward(ops.rope(q, k, angle.cos().to(dtype), angle.sin().to(dtype)), [q, k])
+
+    held(run, dtype)
+
+
+FORMATS = [None, "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"] if CUDA else [None, "bnb.nf4-dq"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("base", FORMATS)
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (8, 0, 8), (1, 3, 64), (100, 0, 0), (16, 16, 16)])
+def test_linears_of_one_input(ranks: tuple[int, ...], base: str | None, dtype: torch.dtype) -> None:
+    def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(1)
+        x = random(70, 128).to(dtype).requires_grad_()
+        outs = (128, 64, 192)
+        modules = [linear(128, out, r, dtype, base=base, bias=out == 64) for out, r in zip(outs, ranks, strict=True)]
+        return backward(ops.linears(x, modules), [x, *trained(*modules)])
+
+    held(run, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("r", [0, 4, 80])
+def test_linear_add(r: int, dtype: torch.dtype) -> None:
+    def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(2)
+        residual, x = random(33, 96).to(dtype).requires_grad_(), random(33, 64).to(dtype).requires_grad_()
+        module = linear(64, 96, r, dtype, bias=True)
+        return backward([ops.linear_add(residual, x, module)], [residual, x, *trained(module)])
+
+    held(run, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (8, 8, 8), (8, 0, 0), (0, 0, 70)])
+def test_mlp(ranks: tuple[int, int, int], dtype: torch.dtype) -> None:
+    def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(3)
+        residual, x = (random(40, 64).to(dtype).requires_grad_() for _ in range(2))
+        shapes = ((64, 160), (64, 160), (160, 64))
+        modules = [linear(size, out, r, dtype) for (size, out), r in zip(shapes, ranks, strict=True)]
+        return backward([ops.mlp(residual, x, *modules)], [residual, x, *trained(*modules)])
+
+    held(run, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk", [1, 50, 10**6])
+@pytest.mark.parametrize("r", [0, 8])
+def test_linear_cross_entropy(r: int, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    vocabulary = 5003
+    monkeypatch.setattr(reference, "LOGITS_BYTES", 2 * vocabulary * chunk)
+
+    def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(4)
+        x, labels = random(90, 64).to(dtype).requires_grad_(), torch.randint(0, vocabulary, (90,), device=DEVICE)
+        head = linear(64, vocabulary, r, dtype)
+        with torch.no_grad():
+            alone = ops.linear_cross_entropy(x, head, labels)
+        loss = ops.linear_cross_entropy(x, head, labels)
+        torch.testing.assert_close(alone, loss.detach(), rtol=1e-6, atol=0)
+        return [loss.detach(), *torch.autograd.grad(loss / 7, [x, *trained(head)])]
+
+    held(run, dtype)
+
+
+def test_nothing_labelled_is_a_zero_loss() -> None:
+    x, head = random(5, 64).requires_grad_(), linear(64, 100, 4, torch.float32)
+    loss = fused.linear_cross_entropy(x[:0], head, torch.empty(0, dtype=torch.int64, device=DEVICE))
+    assert loss.item() == 0
+    loss.backward()
+    assert x.grad is not None
+    assert not x.grad.any()
+
+
+@pytest.mark.parametrize("ranks", [(6, 6), (3, 6), (90, 90)])
+def test_dropout_is_one_mask_an_adapter_the_same_forward_and_backward(ranks: tuple[int, int]) -> None:
+    p, dtype = 0.3, torch.float32
+    torch.manual_seed(6)
+    x = random(300, 128).requires_grad_()
+    modules = [linear(128, out, r, dtype, dropout=p) for out, r in zip((64, 96), ranks, strict=True)]
+    state = torch.get_rng_state()
+    seed = fused.draw_seed([m.parts() for m in modules])  # type: ignore[operator]
+    masks = [kernels.dropped(torch.ones_like(x), seed, which, p).detach() for which in range(2)]
+    for mask in masks:
+        assert sorted(mask.unique().tolist()) == pytest.approx([0.0, 1 / (1 - p)])
+        assert abs((mask > 0).float().mean() - (1 - p)) < 0.01
+        assert abs((mask > 0).float().mean(0) - (1 - p)).max() < 0.15, "a column is dropped oftener"
+    together = ((masks[0] > 0) & (masks[1] > 0)).float().mean()
+    assert abs(together - (1 - p) ** 2) < 0.01, "the two masks know of each other"
+    torch.set_rng_state(state)
+    ours = backward(fused.linears(x, modules), [x, *trained(*modules)])
+    plain = []
+    for module, mask in zip(modules, masks, strict=True):
+        low = (x * mask) @ module.lora_A.weight.t() @ module.lora_B.weight.t()  # type: ignore[union-attr]
+        plain.append(module.base_layer(x) + SCALE * low)  # type: ignore[operator]
+    for mine, theirs in zip(ours, backward(plain, [x, *trained(*modules)]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-4)
+    again = fused.linears(x, modules)
+    assert not torch.equal(again[0], ours[0]), "two calls drew one mask"
+    for module in modules:
+        module.eval()
+    assert torch.equal(fused.linears(x, modules)[0], fused.linears(x, modules)[0])
+
+
+# ---------------------------------------------------------------- whole models
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "mistral": {"model_type": "mistral", "sliding_window": 20},
+}
+
+
+def config_of(**changes: object) -> ModelConfig:
+    raw: dict[str, object] = {"model_type": "llama", "vocab_size": 300, "hidden_size": 96, "intermediate_size": 160}
+    raw |= {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+    return ModelConfig.from_dict(raw | changes)
+
+
+def batch_of(lengths: Sequence[int]) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    packed = Packed.of_lengths(lengths)
+    ids = torch.randint(0, 300, (sum(lengths),), generator=generator)
+    labels = torch.randint(0, 300, (sum(lengths),), generator=generator)
+    kept = (torch.rand(len(ids), generator=generator) < 0.7).nonzero().squeeze(1)
+    rows = tuple(range(len(lengths)))
+    return Batch(ids, labels, kept, packed.positions, packed.cu_seqlens, packed.max_seqlen, rows).to(DEVICE)
+
+
+def model_of(
+    ops: Ops, dtype: torch.dtype, config: ModelConfig, lora: LoRA, quantize: str | None = None
+) -> tuple[CausalLoss, Decoder]:
+    quantizer = make_quantizer(quantize, dtype, DEVICE)
+    decoder = load_model(RandomWeights(config, dtype), quantizer, dtype=dtype, device=DEVICE, ops=ops)
+    torch.manual_seed(9)
+    adapt(decoder, lora)
+    with torch.no_grad():
+        for module in lora_modules(decoder).values():
+            module.lora_B.weight.copy_(random(*module.lora_B.weight.shape, scale=0.05))
+    return CausalLoss(decoder), decoder
+
+
+def loss_and_gradients(model: CausalLoss, decoder: Decoder, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    loss = model.train()(batch)
+    return loss.detach(), list(torch.autograd.grad(loss, lora_parameters(decoder)))
+
+
+def far(gradients: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    squares = [((g.float() - t.float()).norm() ** 2, t.float().norm() ** 2) for g, t in zip(gradients, truth, strict=True)]
+    return float((sum(s for s, _ in squares) / sum(t for _, t in squares)) ** 0.5)
+
+
+EVERYTHING = tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), EVERYTHING, ("o_proj",), ("down_proj", "k_proj"), ("lm_head",)])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_whole_step_is_the_reference_step(family: str, targets: tuple[str, ...], checkpointed: bool) -> None:
+    if family == "mistral" and CUDA and torch.__version__ < "2.10":
+        pytest.skip("no windows in this torch's varlen attention")
+    config, lora = config_of(**FAMILIES[family]), LoRA(8, 16, 0.0, targets)
+    batch = batch_of([40, 1, 25, 60])
+    truth = loss_and_gradients(*model_of(Ops(), torch.float32, config, lora), batch)
+    model, decoder = model_of(FUSED, torch.float32, config, lora)
+    decoder.checkpoint_blocks = checkpointed
+    loss, gradients = loss_and_gradients(model, decoder, batch)
+    torch.testing.assert_close(loss, truth[0], rtol=1e-5, atol=0)
+    assert far(gradients, truth[1]) < 1e-4
+    if CUDA:
+        plain = loss_and_gradients(*model_of(Ops(), torch.bfloat16, config, lora), batch)
+        model, decoder = model_of(FUSED, torch.bfloat16, config, lora)
+        decoder.checkpoint_blocks = checkpointed
+        loss, gradients = loss_and_gradients(model, decoder, batch)
+        assert abs(loss - truth[0]) <= 2 * abs(plain[0] - truth[0]) + 1e-3 * truth[0]
+        assert far(gradients, truth[1]) <= 1.2 * far(plain[1], truth[1]) + 1e-3
+
+
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"] if CUDA else [None])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recomputed_blocks_give_the_same_bits(quantize: str | None, dropout: float) -> None:
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    results = []
+    for checkpointed in (False, True):
+        model, decoder = model_of(FUSED, dtype, config_of(), LoRA(8, 16, dropout, EVERYTHING), quantize)
+        decoder.checkpoint_blocks = checkpointed
+        torch.manual_seed(11)
+        results.append(loss_and_gradients(model, decoder, batch_of([30, 70])))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_a_model_that_trains_its_own_weights_takes_the_plain_operations() -> None:
+    results = []
+    for ops in (Ops(), FUSED):
+        torch.manual_seed(0)
+        decoder = Decoder(config_of(), ops).to(DEVICE)
+        loss = CausalLoss(decoder)(batch_of([20, 9]))
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(decoder.parameters()))])
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+if CUDA:  # what the interpreter has no notion of
+
+    def test_mixed_precision_is_the_plain_operations_mixed_precision() -> None:
+        config, batch = config_of(), batch_of([40, 25])
+        lora = LoRA(8, 16, 0.0, EVERYTHING)
+        truth = loss_and_gradients(*model_of(Ops(), torch.float32, config, lora), batch)
+        found = []
+        for ops in (Ops(), FUSED):
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                found.append(loss_and_gradients(*model_of(ops, torch.float32, config, lora), batch))
+        (plain_loss, plain), (loss, gradients) = found
+        assert abs(loss - truth[0]) <= 2 * abs(plain_loss - truth[0]) + 1e-3 * truth[0]
+        assert far(gradients, truth[1]) <= 1.2 * far(plain, truth[1]) + 1e-3
+
+    def test_fp8_products_are_near_and_read_one_copy() -> None:
+        torch.manual_seed(0)
+        weight = random(256, 512, scale=0.05)
+        frozen = make_quantizer("fp8", torch.bfloat16, DEVICE).freeze(weight, None)
+        assert sum(p.numel() * p.element_size() for p in frozen.parameters()) == 256 * 512 + 256 * 4
+        x, g = random(96, 512, dtype=torch.bfloat16), random(96, 256, dtype=torch.bfloat16)
+        for found, exact in ((frozen.mm(x), x.float() @ weight.t()), (frozen.mm_t(g), g.float() @ weight)):
+            assert (found.float() - exact).norm() / exact.norm() < 0.05
+        base = random(96, 256, dtype=torch.bfloat16)
+        torch.testing.assert_close(frozen.mm(x, base.clone()), frozen.mm(x) + base)
+
+    def test_no_length_of_a_pack_compiles_anything_after_the_first_steps() -> None:
+        import torch._dynamo.utils
+
+        model, decoder = model_of(FUSED, torch.bfloat16, config_of(), LoRA(8, 16, 0.1, EVERYTHING), "bnb.nf4-dq")
+
+        def compiled() -> int:
+            functions = [f for f in vars(kernels).values() if hasattr(f, "device_caches")]
+            assert len(functions) > 8
+            return sum(len(cache[0]) for f in functions for cache in f.device_caches.values())
+
+        for lengths in ([30, 34], [31, 17]):
+            loss_and_gradients(model, decoder, batch_of(lengths))
+        before = compiled()
+        for lengths in ([5], [100, 3, 8], [64], [77, 50], [1, 1, 1], [128]):
+            loss_and_gradients(model, decoder, batch_of(lengths))
+            with torch.no_grad():
+                model.eval()(batch_of(lengths))
+        assert compiled() == before > 8
+        assert not torch._dynamo.utils.counters["stats"], "something went through torch.compile"
