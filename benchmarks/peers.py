@@ -19,7 +19,7 @@ from pathlib import Path
 JOBS = (
     "train:torchtune-bf16@150",
     "train:hf-bf16:packed@80",
-    "&train:write@110",  # the random checkpoint that the next ones load; torchtune is building its model meanwhile
+    "&train:write@250",  # the random checkpoint that the next ones load; torchtune is building its model meanwhile
     "train:torchtune-nf4:checkpointing off@140",
     "train:hf-nf4:packed@100",
     "train:litgpt-bf16:qv@80",
