@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": "hold a conversation in the terminal",
     "merge_lora": "merge adapters into the base model's weights",
     "validate": "validation loss of a base, base + adapter, or merged model",
+    "report": "put finetuning runs side by side",
     "download": "fetch a model from the Hugging Face hub",
     "convert": "make a Hugging Face directory of Meta's original checkpoint",
 }
@@ -162,6 +163,8 @@ def parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, frozenset[
     parser = make_parser(name, module)
     for file in _values_of("config", arguments):
         _check_config(file)
+    if name == "report":
+        arguments = _bare_words(arguments, "runs")
     arguments = _join_lists(arguments, module.Args)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
@@ -180,6 +183,17 @@ def parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, frozenset[
             raise InputError("a NUL byte in a flag's value", where=f"--{field}", got=repr(str(value))[:100])
     keys = frozenset(key for key in fields if getattr(given, key, None) is not None)
     return module.Args(**values), keys
+
+
+def _bare_words(arguments: list[str], flag: str) -> list[str]:
+    """`litlora report out/a out/b` is `litlora report --runs out/a --runs out/b`."""
+    found: list[str] = []
+    value = False  # whether a word belongs to the flag before it
+    for argument in arguments:
+        is_flag = argument.startswith("--") or argument == "-h"
+        found.append(argument if is_flag or value else f"--{flag}={argument}")
+        value = is_flag and "=" not in argument and argument not in ("-h", "--help", "--print_config")
+    return found
 
 
 def _join_lists(arguments: list[str], args: type) -> list[str]:

@@ -99,9 +99,14 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line of its own, above the live one; nothing when quiet."""
+        if not self.quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """As `note`, also when quiet."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
-        elif not self.quiet:
+        else:
             say(text)
 
 

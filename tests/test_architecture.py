@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1] / "litlora"
 FLOORS = [  # from the top down; rooms of one floor may use each other, but in no circle
     "__main__ cli completion",
     "commands",
-    "load decode train merge merge_verify merge_write answers memory precision optimizers run_files resume hub meta_format flops",
+    "load decode train merge merge_verify merge_write answers memory precision optimizers run_files resume hub meta_format flops "
+    "report loggers model_card samples",
     "peft_format model packing sampling meta_tokenizer deltas",
     "lora sequences data",
     "frozen checkpoint ops config tokenizer metrics markdown",
@@ -20,7 +21,9 @@ FLOORS = [  # from the top down; rooms of one floor may use each other, but in n
 ]
 APART = [("model", "lora"), ("model", "frozen"), ("model", "checkpoint"), ("lora", "model")]
 LIBRARIES = {  # and the rooms they stay in
-    "lightning": "train commands",
+    "lightning": "train commands loggers",
+    "matplotlib": "report",
+    "wandb": "loggers",
     "bitsandbytes": "frozen optimizers",
     "jsonargparse": "cli",
     "huggingface_hub": "hub data",
