@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,15 @@ from lightning.fabric.loggers import Logger, TensorBoardLogger
 from litlora.checkpoint import write_text
 from litlora.errors import InputError
 from litlora.metrics import say
+from litlora.run_files import TENSORBOARD, WANDB
 
-LOGGERS = ("csv", "tensorboard", "wandb")
-TENSORBOARD, WANDB = "tensorboard", "wandb"  # also their directories in the run's
+LOGGERS = ("csv", TENSORBOARD, WANDB)
 WANDB_ID = "id.txt"
 
 
-def require_loggers(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of `--logger a,b --logger c`, each once. Raises InputError: unknown, not installed."""
-    found = tuple(dict.fromkeys(part.strip() for name in names for part in name.split(",") if part.strip()))
+def require_loggers(names: str) -> list[str]:
+    """The names of `--logger a,b`. Raises InputError: unknown, not installed."""
+    found = [name.strip() for name in names.split(",")]
     for name in found:
         if name not in LOGGERS:
             raise InputError("unknown --logger", got=name, wanted=", ".join(LOGGERS))
@@ -39,9 +39,11 @@ def require_loggers(names: Sequence[str]) -> tuple[str, ...]:
 class Loggers:
     """Those of one run. One that fails (no network, a full disk) is said and left out; the training goes on."""
 
-    def __init__(self, names: Sequence[str], out_dir: Path, settings: Mapping[str, Any], done: int) -> None:
-        """`done`: the steps that a resumed run has already. Weights & Biases is reached here, before the first step."""
+    def __init__(self, logger: str, out_dir: Path, settings: Mapping[str, Any], done: int) -> None:
+        """`logger`: as the flag; `done`: the steps that a resumed run has. Weights & Biases is reached here, before the
+        first step."""
         self.loggers: list[Logger] = []
+        names = require_loggers(logger)
         if TENSORBOARD in names:
             purge = done + 1 if done else None
             self.loggers.append(TensorBoardLogger(out_dir, name=TENSORBOARD, version="", purge_step=purge))

@@ -18,7 +18,6 @@ from litlora.markdown import block, inline, table
 from litlora.metrics import duration
 from litlora.peft_format import Record
 
-CARD = "README.md"
 # Asked in the examples: a row of the data may be nobody's to publish.
 INSTRUCTION = "Give three tips for staying healthy."
 SETTINGS = """learning_rate lr_schedule warmup_steps optimizer weight_decay max_norm batch_size epochs max_steps

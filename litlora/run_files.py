@@ -22,7 +22,7 @@ from torch import nn
 from litlora.checkpoint import fsync_directory, require_writable, write_json, write_text
 from litlora.config import ModelConfig
 from litlora.errors import InputError
-from litlora.lora import LoRA, LoRALinear
+from litlora.lora import FLAG_TARGETS, LoRA, LoRALinear
 from litlora.peft_format import CONFIG, RECORD, WEIGHTS, Adapter, Record, save_adapter
 from litlora.resume import (
     CHECKPOINTS,
@@ -36,12 +36,16 @@ from litlora.resume import (
     step_of,
     whole_checkpoints,
 )
+from litlora.samples import SAMPLES, keep_samples
 
 COLUMNS = (
     "step", "epoch", "loss", "val_loss", "lr", "grad_norm", "clipped", "tokens", "trained_tokens", "seconds",
-    "total_tokens", "total_seconds", "tokens_per_second", "memory_gb",
+    "total_tokens", "total_seconds", "tokens_per_second", "memory_gb", "matmul_share",
+    *(f"delta_{leaf}" for leaves in FLAG_TARGETS.values() for leaf in leaves),
 )  # fmt: skip
 SETTINGS, METRICS, SUMMARY = "hyperparameters.yaml", "metrics.csv", "summary.json"
+CARD, ROUNDING = "README.md", "rounding.json"  # of the adapter; the latter of litlora validate
+TENSORBOARD, WANDB = "tensorboard", "wandb"  # directories of the loggers
 ADAPTER = (WEIGHTS, CONFIG, RECORD)
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")  # as checkpoint.py names them; a killed run leaves some
 
@@ -147,9 +151,10 @@ class RunFiles:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         remove(self.checkpoints)  # first: nobody shall resume from what is being overwritten
         self.checkpoints.mkdir()
-        for name in (*ADAPTER, SETTINGS, METRICS, SUMMARY):
+        for name in (*ADAPTER, SETTINGS, METRICS, SUMMARY, SAMPLES, CARD, ROUNDING):
             (self.out_dir / name).unlink(missing_ok=True)
-        remove(self.last)
+        for name in (self.last.name, TENSORBOARD, WANDB):
+            remove(self.out_dir / name)
         return self._begin(settings, "")
 
     def resume(self, settings: Mapping[str, object], checkpoint: TrainingCheckpoint) -> MetricsFile:
@@ -163,7 +168,9 @@ class RunFiles:
             temporary = self.out_dir / f".{file.name}.{secrets.token_hex(4)}.tmp"
             link(file, temporary)
             os.replace(temporary, self.out_dir / file.name)
-        (self.out_dir / SUMMARY).unlink(missing_ok=True)
+        for name in (SUMMARY, CARD, ROUNDING):
+            (self.out_dir / name).unlink(missing_ok=True)
+        keep_samples(self.out_dir, checkpoint.totals.step)
         return self._begin(settings, checkpoint.metrics)
 
     def _begin(self, settings: Mapping[str, object], metrics: str) -> MetricsFile:
@@ -226,5 +233,7 @@ class RunFiles:
             if not all(torch.equal(saved, live.detach().cpu().to(dtype)) for saved, live in pairs):
                 raise RuntimeError(f"the saved adapter differs from the trained one at {name} ({self.last})")
 
-    def summarize(self, summary: Mapping[str, object]) -> None:
+    def summarize(self, summary: Mapping[str, object], card: str) -> None:
+        """`card`: the adapter's README.md. The summary comes last: with it the run is finished."""
+        write_text(self.out_dir / CARD, card)
         write_json(self.out_dir / SUMMARY, summary)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from litlora.commands.data_flags import DataArgs
 from litlora.errors import InputError
+from litlora.loggers import require_loggers
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Args(DataArgs):
         max_time: save and end after so long, counted from the command's start; 90m, 1h30m or 45s
         deterministic: the same bits in every run on a GPU too, which costs speed
         log_interval: optimizer steps between plain progress lines, off a terminal
+        logger: csv (metrics.csv is always written), tensorboard, wandb, or several with commas between
+        quiet: no progress lines; warnings and the closing figures stay
         sample_prompt: an instruction to answer at each validation; the first validation row's without it
         overwrite: replace a run that is in out_dir
         dry_run: needs only config.json, tokenizer and data; prints parameters, tokens, steps, and stops
@@ -107,6 +110,8 @@ class Args(DataArgs):
     max_time: str | None = None
     deterministic: bool = False
     log_interval: int = 10
+    logger: str = "csv"
+    quiet: bool = False
     sample_prompt: str | None = None
     overwrite: bool = False
     dry_run: bool = False
@@ -129,6 +134,7 @@ def check_flags(args: Args) -> None:
     require("max_norm", args.max_norm, args.max_norm is None or args.max_norm > 0, "above 0")
     require("devices", args.devices, args.devices == 1, "1: several GPUs are not supported yet")
     seconds_of(args.max_time)
+    require_loggers(args.logger)
     if args.micro_batch_tokens is not None and args.micro_batch_size is not None:
         raise InputError("two sizes of a micro-batch", got="--micro_batch_tokens and --micro_batch_size", wanted="one")
 

@@ -15,6 +15,7 @@ from litlora import __version__
 from litlora.checkpoint import require_disk
 from litlora.commands.common import Base, TrainingData, load_data, record_style
 from litlora.commands.finetune_flags import Args, check_flags, check_paths, seconds_of
+from litlora.commands.finetune_report import Measures
 from litlora.commands.finetune_resume import check_resume, machine, plain
 from litlora.commands.finetune_training import Training
 from litlora.commands.models import explained_memory
@@ -22,6 +23,7 @@ from litlora.commands.prompts import Prompt
 from litlora.decode import check_prompts
 from litlora.errors import InputError
 from litlora.load import load_model, meta_decoder, parameter_count
+from litlora.loggers import Loggers
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules, lora_parameters
 from litlora.memory import MicroBatch, choose_micro_batch, out_of_memory
 from litlora.metrics import Progress, reset_peak_memory, say
@@ -80,7 +82,7 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     except torch.cuda.OutOfMemoryError as error:
         raise memory_advice(training) from error
     finally:
-        training.metrics.close()
+        training.close()
     if stopped is None:
         training.finish()
     else:
@@ -215,9 +217,11 @@ def set_up(job: Job, fabric: Fabric, decoder: Decoder) -> Training:
         totals, metrics = checkpoint.totals, files.resume(settings, checkpoint)
         say(f"resuming after step {totals.step:,} of {len(job.plan):,}, from {checkpoint.directory}")
     reset_peak_memory(job.device)
+    measures = Measures.of(job.base.config, lora_modules(decoder), micro, job.precision)
     return Training(
         job, fabric, decoder, model, optimizer, micro, first_record(job), conditions, files, metrics, totals,
-        job.data.validation_batches(), Progress(len(job.plan), args.log_interval),
+        job.data.validation_batches(), Progress(len(job.plan), args.log_interval, quiet=args.quiet), measures,
+        Loggers(args.logger, args.out_dir, settings, totals.step),
     )  # fmt: skip
 
 
@@ -248,7 +252,7 @@ def fit(training: Training, stop: Stop) -> str | None:
             step = next(steps)
             totals.count(step)
             due = totals.step == len(job.plan) or totals.step % args.eval_interval == 0
-            training.log(step, training.validate() if due else None)
+            training.log(step, training.evaluate() if due else {})
             if totals.step % args.save_interval == 0:
                 training.save()
         training.save()
@@ -352,11 +356,12 @@ def announce(job: Job) -> None:
     """What is about to be done: all that a dry run says."""
     args, base, data, lora, steps = job.args, job.base, job.data, job.lora, len(job.plan)
     total, trainable = parameter_count(base.config), adapter_parameters(base, lora)
-    say(f"model: {args.checkpoint_dir}: {total:,} parameters, {args.quantize or 'not quantized'}, {args.precision}")
-    say(f"adapter: r {lora.r}, alpha {lora.alpha:g}, {', '.join(lora.targets)}: {trainable:,} trainable parameters")
+    tell = say if args.dry_run or not args.quiet else lambda text: None
+    tell(f"model: {args.checkpoint_dir}: {total:,} parameters, {args.quantize or 'not quantized'}, {args.precision}")
+    tell(f"adapter: r {lora.r}, alpha {lora.alpha:g}, {', '.join(lora.targets)}: {trainable:,} trainable parameters")
     per_epoch = -(-len(data.train) // args.batch_size)
     steps_of = f"{steps:,} step{'s' * (steps != 1)} of {args.batch_size} rows"
-    say(
+    tell(
         f"training: {len(data.train):,} rows, {data.train_tokens:,} tokens, {steps_of} "
         f"({per_epoch:,} an epoch); validation: {len(data.validation):,} rows"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,9 +13,10 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from litlora.commands.finetune_report import live, report, row, summarize
+from litlora.commands.finetune_report import Measures, card, live, report, row, summarize
 from litlora.decode import Sampling, generate
 from litlora.errors import InputError
+from litlora.loggers import Loggers
 from litlora.lora import lora_modules
 from litlora.memory import MicroBatch
 from litlora.metrics import Progress, peak_memory, say
@@ -24,6 +25,7 @@ from litlora.packing import Batch
 from litlora.peft_format import Record
 from litlora.resume import Conditions, Totals, whole_checkpoints
 from litlora.run_files import MetricsFile, RunFiles
+from litlora.samples import Sample, add_sample
 from litlora.train import Step, TrainingError, undisturbed
 
 if TYPE_CHECKING:
@@ -47,11 +49,17 @@ class Training:
     totals: Totals
     validation: list[Batch]
     progress: Progress
+    measures: Measures
+    loggers: Loggers
     saved_step: int | None = None  # the last one that reached the disk, in this session
 
     @property
     def ended(self) -> bool:
         return self.totals.ended(len(self.job.plan), self.job.patience)
+
+    def evaluate(self) -> dict[str, float | None]:
+        """The validation loss, and how far the adapter has moved the model, as columns of metrics.csv."""
+        return {"val_loss": self.validate(), **self.measures.weight_changes()}
 
     def validate(self) -> float | None:
         """The validation loss and a sample answer; the adapter is kept where it is the best so far. The training's
@@ -61,8 +69,11 @@ class Training:
             return None
         with undisturbed(self.job.device):
             loss = validation_loss(self.model, self.validation, self.job.device)
-            answer = self.sample() if math.isfinite(loss) else ""
+            sample = self.sample() if math.isfinite(loss) else None
+        answer = f"\n  {sample.prompt!r} -> {sample.answer!r}" if sample else ""
         self.progress.note(f"step {totals.step}: validation loss {loss:.4f}{answer}")
+        if sample:
+            self.attempt("the sample answer", partial(add_sample, self.files.out_dir, sample))
         totals.val_loss = loss if math.isfinite(loss) else None
         totals.validations_without_gain += 1
         better = totals.best_val_loss is None or loss < totals.best_val_loss
@@ -70,10 +81,10 @@ class Training:
             totals.best_val_loss, totals.best_step, totals.validations_without_gain = loss, totals.step, 0
         return loss
 
-    def sample(self) -> str:
+    def sample(self) -> Sample | None:
         """What the model now answers to the sample question, greedily."""
         if self.job.question is None:
-            return ""
+            return None
         instruction, ids = self.job.question
         tokenizer = self.job.base.tokenizer
         self.decoder.eval()
@@ -83,13 +94,18 @@ class Training:
                 self.decoder, [ids], Sampling(), max_new_tokens=64, stop_ids=stop_ids, vocab_size=vocab_size
             )
             text = tokenizer.decode([token for _, token in answer])
-        return f"\n  {instruction!r} -> {text.strip()!r}"
+        return Sample(self.totals.step, instruction, text.strip())
 
-    def log(self, step: Step, val_loss: float | None) -> None:
-        """A step's row in metrics.csv and its line on the screen. Raises TrainingError after too many bad steps."""
+    def log(self, step: Step, evaluation: Mapping[str, float | None]) -> None:
+        """A step's row in metrics.csv and the loggers, and its line on the screen. Raises TrainingError after too many
+        bad steps."""
         device = self.job.device
         self.totals.peak_memory_gb = max(self.totals.peak_memory_gb, peak_memory(device))
-        self.metrics.write(row(step, val_loss, self.totals, device))
+        lengths = self.job.data.dataset.lengths[self.job.plan[step.number - 1][1]]
+        values = row(step, self.totals, device) | {"matmul_share": self.measures.matmul_share(step, lengths)}
+        values |= evaluation
+        self.metrics.write(values)
+        self.loggers.write(values, step.number)
         self.progress.step(step.number, live(step, self.totals, device))
         if step.bad_rows:
             self.report_bad(step)
@@ -100,7 +116,7 @@ class Training:
         numbers = sorted(int(self.job.data.dataset.rows[index]) for index in step.bad_rows)
         what = f"the loss is {step.loss}, the gradient norm {step.grad_norm}: the step was not taken"
         where = f"step {step.number}, rows {numbers[:8]}{'…' if len(numbers) > 8 else ''}"
-        self.progress.note(f"warning: {what}\n  where:  {where}\n  count:  {in_a_row} in a row, {limit} end the run")
+        self.progress.warn(f"warning: {what}\n  where:  {where}\n  count:  {in_a_row} in a row, {limit} end the run")
         if in_a_row >= limit:
             self.attempt("the last adapter", self.save_last)
             raise TrainingError(
@@ -144,7 +160,7 @@ class Training:
             write()
         except (OSError, InputError) as error:
             checkpoints = whole_checkpoints(self.files.checkpoints)
-            self.progress.note(
+            self.progress.warn(
                 f"warning: {what} of step {self.totals.step} could not be saved: {error}\n"
                 f"  kept:   {checkpoints[0] if checkpoints else 'no checkpoint yet'}\n"
                 "  next:   the run goes on, and tries again at its next save"
@@ -176,5 +192,10 @@ class Training:
             say(f"early stopping: {totals.validations_without_gain} validations in a row without a better loss")
         self.files.check_saved(lora_modules(self.decoder), job.base.config, job.save_dtype)
         summary = summarize(totals, self.decoder, job.device)
-        self.files.summarize(summary)
+        self.files.summarize(summary, card(job, self.record, summary))
         report(summary, job.args)
+
+    def close(self) -> None:
+        """Metrics and loggers, however the run ended."""
+        self.metrics.close()
+        self.loggers.close("success" if self.saved_step == self.totals.step else "failed")

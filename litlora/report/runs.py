@@ -18,10 +18,9 @@ import yaml
 from litlora.checkpoint import Shard
 from litlora.errors import InputError
 from litlora.peft_format import WEIGHTS
-from litlora.run_files import METRICS, SETTINGS, SUMMARY
+from litlora.run_files import METRICS, ROUNDING, SETTINGS, SUMMARY
 from litlora.samples import SAMPLES, Sample, read_samples
 
-ROUNDING = "rounding.json"  # of litlora validate: {"variants": [{"name": …, "val_loss": …}, …]}
 MAX_BYTES = {SETTINGS: 100_000, SUMMARY: 100_000, ROUNDING: 100_000, SAMPLES: 20_000_000, METRICS: 100_000_000}
 T = TypeVar("T")
 
