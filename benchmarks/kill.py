@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 FLAGS: dict[str, object] = {
     "checkpoint_dir": ROOT / "checkpoints" / "tiny", "data": "json", "data_path": ROOT / "data" / "tiny_test.json",
     "accelerator": "cpu", "max_steps": 12, "batch_size": 6, "micro_batch_size": 2, "val_split": 6, "eval_interval": 4,
-    "save_interval": 3, "learning_rate": 1e-2, "warmup_steps": 2, "lr_schedule": "cosine", "max_norm": 1.0,
+    "save_interval": 3, "learning_rate": 5e-2, "warmup_steps": 12, "max_norm": 1.0,  # the best is not the last
     "lora_dropout": 0.1, "lora_mlp": "true", "resume": "auto",
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, object]] = {

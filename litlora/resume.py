@@ -114,6 +114,10 @@ class TrainingCheckpoint:
         tensors = {info.name: info for info in Shard.open(directory / TENSORS).tensors}
         return cls(directory, totals, conditions, optimizer, tensors)
 
+    def chosen(self, cls: type[T]) -> T:
+        """What was fitted to the free memory. Raises InputError."""
+        return _parse(cls, self.conditions.chosen, self.directory / STATE)
+
     @property
     def metrics(self) -> str:
         """metrics.csv up to this step. Raises InputError."""
@@ -288,8 +292,8 @@ def _parse(cls: type[T], raw: object, file: Path) -> T:
     if not isinstance(raw, dict):
         raise _damaged(file, f"{cls.__name__} is {type(raw).__name__}")
     kinds: dict[str, tuple[type, ...]] = {
-        "int": (int,), "float": (int, float), "str": (str,), "dict[str, Any]": (dict,), "dict[str, str]": (dict,),
-        "int | None": (int, type(None)), "float | None": (int, float, type(None)),
+        "int": (int,), "bool": (bool,), "float": (int, float), "str": (str,), "int | None": (int, type(None)),
+        "float | None": (int, float, type(None)), "dict[str, Any]": (dict,), "dict[str, str]": (dict,),
     }  # fmt: skip
     wanted = {field.name: kinds[str(field.type)] for field in fields(cls)}  # type: ignore[arg-type]
     wrong = sorted(raw.keys() ^ wanted.keys())

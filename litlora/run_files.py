@@ -124,6 +124,14 @@ class RunFiles:
         return (self.out_dir / SUMMARY).is_file()
 
     @property
+    def newest_checkpoint(self) -> Path | None:
+        """None also where the directory cannot be read."""
+        try:
+            return next(iter(whole_checkpoints(self.checkpoints)), None)
+        except OSError:
+            return None
+
+    @property
     def has_adapter(self) -> bool:
         """Whether this run has saved one already."""
         return (self.out_dir / RECORD).is_file()

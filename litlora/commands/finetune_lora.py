@@ -108,6 +108,9 @@ def prepare(args: Args, given: frozenset[str]) -> Job:
     precision = RunPrecision(str(args.precision), args.quantize, device)
     require_optimizer(args.optimizer, device)
     data = load_data(args, base, args.prompt_style)
+    if args.early_stopping_patience is not None and not data.validation:
+        raise InputError("nothing to stop early by", where="--early_stopping_patience", got="no validation rows",
+                         fix="--val_split or --val_path")  # fmt: skip
     question = sample_question(args, data, base)
     conditions = Conditions(
         settings=plain(asdict(args) | adapter_settings(lora)),
@@ -229,7 +232,7 @@ def choose_micro(job: Job) -> MicroBatch:
     """What the free memory holds, or held when the run began; flags given by hand come first."""
     args = job.args
     if job.checkpoint is not None:
-        micro = MicroBatch(**job.checkpoint.conditions.chosen)
+        micro = job.checkpoint.chosen(MicroBatch)
         if args.activation_checkpointing != "auto":
             micro = replace(micro, checkpointed=args.activation_checkpointing == "full")
     else:

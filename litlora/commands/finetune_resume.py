@@ -19,7 +19,7 @@ from litlora.resume import Conditions, TrainingCheckpoint
 # Flags that leave every step as it was. Paths may move: what they lead to is compared by content.
 HARMLESS = frozenset(
     """checkpoint_dir data_path val_path out_dir save_dtype eval_interval early_stopping_patience save_interval
-    keep_last resume resume_override max_time max_bad_steps log_interval logger quiet sample_prompt
+    keep_last resume resume_override accelerator max_time max_bad_steps log_interval logger quiet sample_prompt
     overwrite dry_run""".split()
 )
 # What the checkpoint's tensors are of: no override changes that.

@@ -23,7 +23,7 @@ from litlora.metrics import Progress, peak_memory, say
 from litlora.model import Decoder, validation_loss
 from litlora.packing import Batch
 from litlora.peft_format import Record
-from litlora.resume import Conditions, Totals, whole_checkpoints
+from litlora.resume import Conditions, Totals
 from litlora.run_files import MetricsFile, RunFiles
 from litlora.samples import Sample, add_sample
 from litlora.train import Step, TrainingError, undisturbed
@@ -147,8 +147,11 @@ class Training:
 
     def save_last(self) -> None:
         self.save_adapter(best=False)
-        if not self.validation or not self.files.has_adapter:  # nothing says which one is the best
+        if not self.validation:
             self.save_adapter(best=True)
+        elif not self.files.has_adapter:  # before the first validation, or the directory vanished: this is the best
+            self.save_adapter(best=True)
+            self.totals.best_val_loss, self.totals.best_step = self.totals.val_loss, self.totals.step
 
     def save_adapter(self, *, best: bool) -> None:
         record = replace(self.record, step=self.totals.step, val_loss=self.totals.val_loss)
@@ -159,10 +162,10 @@ class Training:
         try:
             write()
         except (OSError, InputError) as error:
-            checkpoints = whole_checkpoints(self.files.checkpoints)
+            reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else error
             self.progress.warn(
-                f"warning: {what} of step {self.totals.step} could not be saved: {error}\n"
-                f"  kept:   {checkpoints[0] if checkpoints else 'no checkpoint yet'}\n"
+                f"warning: {what} of step {self.totals.step} could not be saved\n  got:    {reason}\n"
+                f"  kept:   {self.files.newest_checkpoint or 'no checkpoint yet'}\n"
                 "  next:   the run goes on, and tries again at its next save"
             )
             return False
