@@ -107,18 +107,6 @@ def test_without_validation_the_best_is_the_last(tmp_path: Path) -> None:
     assert not any(row["val_loss"] for row in metrics(tmp_path / "run"))
 
 
-def test_validate_gives_the_same_loss_in_a_fresh_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for quantize in ((), ("--quantize", "bnb.nf4")):
-        out = tmp_path / f"run{len(quantize)}"
-        assert finetune(out, **dict([(quantize[0][2:], quantize[1])] if quantize else [])) == 0
-        capsys.readouterr()
-        flags = ["--checkpoint_dir", str(BASE), "--lora_path", str(out / "last"), "--data_path", str(DATA)]
-        flags += ["--val_split", "16", "--precision", "32-true", "--accelerator", "cpu", *quantize]
-        assert call(["validate", *flags]) == 0
-        loss = json.loads(capsys.readouterr().out)["val_loss"]
-        assert loss == pytest.approx(float(metrics(out)[-1]["val_loss"]), rel=1e-5)
-
-
 @pytest.mark.parametrize(
     "flags",
     [
