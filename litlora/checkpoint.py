@@ -28,6 +28,7 @@ from litlora.errors import InputError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHAT_TEMPLATES = "additional_chat_templates"  # a directory
 MAX_HEADER = 100_000_000  # the format's own limit, bytes
 
 DTYPES: dict[str, torch.dtype] = {
@@ -224,6 +225,24 @@ def require_directory(directory: Path) -> None:
         raise InputError("not a directory", where=directory, wanted="a Hugging Face checkpoint directory")
     if not any(directory.iterdir()):
         raise InputError("the checkpoint directory is empty", where=directory, fix="litlora download REPO_ID")
+    refuse_links(directory)
+
+
+def refuse_links(directory: Path) -> None:
+    """Raises InputError for a file in `directory` that is a link out of it: it could be any file of this machine, and a
+    merge copies what lies beside the weights. In the hub's cache, links to its blobs are what the files are."""
+    root = directory.resolve()
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    templates = directory / CHAT_TEMPLATES
+    for path in (*directory.iterdir(), *(templates.iterdir() if templates.is_dir() else ())):
+        if path.is_symlink() and (path.is_file() or path == templates):
+            target = path.resolve()
+            if not any(home in target.parents for home in homes):
+                what, fix = (
+                    "a link that leads out of its directory",
+                    "put the file itself in its place (cp or ln, not ln -s)",
+                )
+                raise InputError(what, where=path, got=f"it leads to {target}", fix=fix)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -234,8 +253,10 @@ def read_json(file: Path) -> dict[str, Any]:
         raise InputError("a file is missing", where=file) from None
     except json.JSONDecodeError as error:
         raise InputError("malformed JSON", where=f"{file}, line {error.lineno}", got=error.msg) from None
-    except (UnicodeDecodeError, RecursionError):
+    except UnicodeDecodeError:
         raise InputError("not a JSON text file", where=file) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets in brackets
+        raise InputError("malformed JSON", where=file, got=error) from None
     if not isinstance(value, dict):
         raise InputError("malformed JSON", where=file, got=type(value).__name__, wanted="an object")
     return value

@@ -175,10 +175,13 @@ def parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, frozenset[
             raise
         raise _explained(str(error), module.Args, arguments) from None
     fields = [field.name for field in dataclasses.fields(module.Args)]
+    optional = {field.name: "None" in str(field.type) for field in dataclasses.fields(module.Args)}
     values = {field: getattr(namespace, field) for field in fields}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     values |= _verbatim(arguments, module.Args, values)
     for field, value in values.items():
+        if value is None and not optional[field]:
+            raise InputError("a flag without a value", where=f"--{field}", got="null", fix="take it out of the config")
         if any("\0" in str(part) for part in (value if isinstance(value, tuple) else [value])):
             raise InputError("a NUL byte in a flag's value", where=f"--{field}", got=repr(str(value))[:100])
     keys = frozenset(key for key in fields if getattr(given, key, None) is not None)
@@ -231,20 +234,11 @@ def _values_of(name: str, arguments: list[str]) -> Iterator[str]:
 
 
 def _check_config(file: str) -> None:
-    """Raises InputError, naming file and line, unless it is YAML of names and values."""
-    import yaml
+    """Raises InputError, naming file and line, unless it is a flat table of names and values."""
+    from litlora.flat_yaml import read_flat_yaml
 
-    try:
-        value = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError("the config cannot be read", where=file, got=error.strerror, fix="check --config") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where, got = (f"{file}, line {mark.line + 1}", getattr(error, "problem", error)) if mark else (file, error)
-        raise InputError("the config is not valid YAML", where=where, got=got) from None
-    if not isinstance(value, dict):
-        got = "nothing" if value is None else type(value).__name__
-        raise InputError("the config is not a table of flags", where=file, got=got, wanted="lines such as lora_r: 8")
+    if "config" in read_flat_yaml(Path(file)):
+        raise InputError("a config that names another", where=file, fix="--config may be given several times")
 
 
 def _explained(message: str, args: type, arguments: Sequence[str]) -> InputError:

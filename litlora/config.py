@@ -151,6 +151,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Sizes that things are made of before the weights can contradict them; others only have to be below 2**31.
+LIMITS = {"num_hidden_layers": 1000, "head_dim": 2**16, "num_attention_heads": 2**16}
+
+
 class _Reader:
     """Takes keys out of a config.json one by one and remembers which were asked for."""
 
@@ -169,8 +173,9 @@ class _Reader:
 
     def size(self, key: str, default: int | None = None) -> int:
         value: int = self.get(key, default, (int,))
-        if not 1 <= value < 2**31:
-            wanted = "at least 1, below 2**31"
+        limit = LIMITS.get(key, 2**31)
+        if not 1 <= value < limit:
+            wanted = f"at least 1, below {limit}"
             raise InputError("a config key out of range", where=f"{self.where}: {key}", got=value, wanted=wanted)
         return value
 

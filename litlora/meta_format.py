@@ -9,7 +9,11 @@ rows (i, i + D/2), so the rows of q and k are reordered.
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
+import struct
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,10 +24,15 @@ import torch
 from torch import Tensor
 
 from litlora.checkpoint import read_json, require_directory
+from litlora.config import LIMITS
 from litlora.errors import InputError
 from litlora.meta_tokenizer import MetaTokenizer
 
 MAPPED = 128_000_000  # bytes; opening the shards takes 50 ms each, so not for every tensor
+# All that a pickle of plain tensors names.
+MADE_OF = re.compile(r"collections OrderedDict|torch._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage")
+# What zipfile and pickletools raise for files that are damaged.
+ARCHIVE = (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, struct.error, zlib.error, OverflowError)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -89,12 +98,16 @@ class MetaCheckpoint:
         numbers["norm_eps"] = (int, float)
         optional: dict[str, tuple[type, ...]] = {"n_kv_heads": (int,), "rope_theta": (int, float)}
         kinds = numbers | {key: kind for key, kind in optional.items() if params.get(key) is not None}
-        wrong = [key for key, kind in kinds.items() if not isinstance(params.get(key), kind) or not params[key] > 0]
+        wrong = [
+            key for key, kind in kinds.items() if not (isinstance(params.get(key), kind) and 0 < params[key] < 2**31)
+        ]
+        if not wrong and params["n_layers"] >= LIMITS["num_hidden_layers"]:
+            wrong = ["n_layers"]
         if not wrong and (params["dim"] % params["n_heads"] or params["n_heads"] % (params.get("n_kv_heads") or 1)):
             wrong = ["dim", "n_heads", "n_kv_heads"]
         if wrong:
             got = ", ".join(f"{key} = {params.get(key)!r}" for key in wrong)
-            wanted = "positive numbers; dim a multiple of n_heads, n_heads of n_kv_heads"
+            wanted = "positive numbers, not too large; dim a multiple of n_heads, n_heads of n_kv_heads"
             raise InputError("sizes in params.json that cannot be", where=file, got=got, wanted=wanted)
         return params
 
@@ -265,11 +278,14 @@ def rope_scaling(params: Mapping[str, Any]) -> dict[str, Any]:
 def _load(file: Path) -> dict[str, Tensor]:
     """A shard, mapped. Raises InputError when it is not a zip file of tensors by name."""
     try:
+        _check_archive(file)
         state: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         fix = "only tensors are read; a pickle can run code, and this one names more than tensors"
         raise InputError("a .pth file holds other things than tensors", where=file, fix=fix) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except InputError:
+        raise
+    except (RuntimeError, EOFError, ValueError, OSError, LookupError, TypeError, AttributeError, *ARCHIVE) as error:
         fix = "the file is truncated or corrupt, or of a torch before 1.6: download it again"
         raise InputError("a .pth file cannot be read", where=file, got=str(error).split("\n")[0], fix=fix) from None
     wrong = (
@@ -281,7 +297,39 @@ def _load(file: Path) -> dict[str, Tensor]:
         got = f"{', '.join(map(str, wrong[:4]))} is no tensor" if wrong else "nothing"
         raise InputError("a .pth file holds other things than tensors", where=file, got=got, wanted="tensors by name")
     tensors: dict[str, Tensor] = state
+    dense = all(t.layout == torch.strided and t.device.type == "cpu" for t in tensors.values())
+    # a view may show a few bytes as many, and many names may show the same bytes (two do, where the head is tied)
+    if (
+        not dense
+        or any(t.nbytes > t.untyped_storage().nbytes() for t in tensors.values())
+        or sum(t.nbytes for t in tensors.values()) > 2 * file.stat().st_size
+    ):
+        raise InputError("a .pth file holds tensors that are larger than their data", where=file)
     return tensors
+
+
+def _check_archive(file: Path) -> None:
+    """Raises InputError, or one of ARCHIVE, unless the zip file is as torch.save writes it: nothing compressed, nothing
+    twice, and a pickle that names what tensors are made of, and nothing else."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if (
+            any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+            or sum(e.file_size for e in entries) > file.stat().st_size
+        ):
+            raise InputError("a .pth file that is compressed, or larger inside than outside", where=file)
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                _check_pickle(archive.read(entry), file)
+
+
+def _check_pickle(pickled: bytes, file: Path) -> None:
+    for opcode, argument, _ in pickletools.genops(pickled):
+        named = opcode.name in ("GLOBAL", "INST")
+        if (named and not MADE_OF.fullmatch(str(argument))) or opcode.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            got = str(argument) if named else "a name that is put together"
+            fix = "only tensors are read; a pickle can run code, and this one names more than tensors"
+            raise InputError("a .pth file holds other things than tensors", where=file, got=got, fix=fix)
 
 
 def _is_buffer(key: str) -> bool:

@@ -31,6 +31,7 @@ PATTERN = (
 )
 BOS, EOS, EOT, EOM = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"
 SPECIAL_TOKENS = 256
+LONGEST = 256  # bytes of a token; Llama 3's has 128 spaces
 
 
 class MetaTokenizer(ABC):
@@ -79,7 +80,7 @@ class SentencePieceTokenizer(MetaTokenizer):
             processor = SentencePieceProcessor(model_file=str(file))
             ids = (processor.bos_id(), processor.eos_id(), processor.unk_id())
             bos, eos, unk = ((number, processor.id_to_piece(number)) for number in ids)
-        except (RuntimeError, OSError, IndexError) as error:
+        except (RuntimeError, OSError, IndexError, ValueError) as error:
             got, fix = str(error).split("\n")[0], "take tokenizer.model from Meta's download again"
             raise InputError(f"{NAME} cannot be read", where=file, got=got, fix=fix) from None
         return cls(file, processor.get_piece_size(), bos, eos, unk)
@@ -165,9 +166,16 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
             continue
         try:
             text, rank = line.split()
-            ranks[base64.b64decode(text, validate=True)] = int(rank)
+            token = base64.b64decode(text, validate=True)
+            if len(token) > LONGEST:
+                raise ValueError(len(token))
+            ranks[token] = int(rank)
         except (ValueError, binascii.Error):
-            raise InputError(f"{NAME} is malformed", where=f"{file}, line {number}", wanted="BASE64 RANK") from None
+            raise InputError(
+                f"{NAME} is malformed",
+                where=f"{file}, line {number}",
+                wanted=f"BASE64 RANK, tokens of up to {LONGEST} bytes",
+            ) from None
     whole = sorted(ranks.values()) == list(range(len(ranks)))
     if not whole or any(bytes([byte]) not in ranks for byte in range(256)):
         fix = "the file is truncated or not Llama 3's: take tokenizer.json from the Hugging Face repository"

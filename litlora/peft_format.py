@@ -15,12 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litlora.checkpoint import Checkpoint, Shard, TensorInfo, make_header, read_json, write_json, write_shard
+from litlora.checkpoint import (
+    Checkpoint,
+    Shard,
+    TensorInfo,
+    make_header,
+    read_json,
+    refuse_links,
+    write_json,
+    write_shard,
+)
 from litlora.config import ModelConfig
 from litlora.errors import InputError
+from litlora.expressions import require_quick
 from litlora.lora import FLAG_TARGETS, LoRA, LoRALinear, wrap
 
 PREFIX = "base_model.model."
+LAYERS = r"(?:^|.*?\.){}\.(\d+)\."  # a module's number of its layer, by a name from layers_pattern
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "litlora.json"
 
 USED = frozenset(
@@ -115,6 +126,8 @@ RECORD_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
+    if directory.is_dir():
+        refuse_links(directory)
     if not (directory / CONFIG).is_file():
         fix = "check --lora_path"
         if directory.is_file():
@@ -175,6 +188,7 @@ def _lora(raw: Mapping[str, Any], config: ModelConfig, where: Path) -> LoRA:
             alpha_pattern={key: float(value) for key, value in (raw.get("alpha_pattern") or {}).items()},
             rslora=bool(raw.get("use_rslora")),
         )
+        require_quick(_expressions(raw), linear_names(config), where)
         modules = targeted_modules(raw, linear_names(config))
     except InputError as error:
         raise InputError(f"{error}\n  file:   {where}") from None
@@ -185,6 +199,18 @@ def _lora(raw: Mapping[str, Any], config: ModelConfig, where: Path) -> LoRA:
     by_leaf = replace(lora, targets=leaves)
     complete = [name for name in linear_names(config) if by_leaf.matches(name)] == modules
     return by_leaf if complete else replace(lora, targets=tuple(modules))
+
+
+def _expressions(raw: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What `targeted_modules` and LoRA's patterns will match names with, and how."""
+    whole = [text for key in ("target_modules", "exclude_modules") if isinstance(text := raw.get(key), str)]
+    layers = raw.get("layers_pattern") or []
+    patterns = [*(raw.get("rank_pattern") or ()), *(raw.get("alpha_pattern") or ())]
+    return [
+        *(("fullmatch", text) for text in whole),
+        *(("match", LAYERS.format(text)) for text in ([layers] if isinstance(layers, str) else layers)),
+        *(("match", rf"(.*\.)?({text})$") for text in patterns),
+    ]
 
 
 def _is_whole(value: Any) -> bool:
@@ -249,7 +275,7 @@ def targeted_modules(raw: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     def in_layers(name: str) -> bool:
         if not layers or isinstance(targets, str) or name in (targets or ()):  # a full name holds in any layer
             return True
-        found = [m for pattern in layer_names if (m := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name))]
+        found = [m for pattern in layer_names if (m := re.match(LAYERS.format(pattern), name))]
         return bool(found) and int(found[0].group(1)) in layers
 
     if targets == "all-linear":  # PEFT leaves the output head out

@@ -16,7 +16,7 @@ FLOORS = [  # from the top down; rooms of one floor may use each other, but in n
     "report loggers model_card samples",
     "peft_format model packing sampling meta_tokenizer deltas",
     "lora sequences data",
-    "frozen checkpoint ops config tokenizer metrics markdown",
+    "frozen checkpoint ops config tokenizer metrics markdown expressions flat_yaml",
     "errors",
 ]
 APART = [("model", "lora"), ("model", "frozen"), ("model", "checkpoint"), ("lora", "model")]

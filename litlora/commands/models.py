@@ -145,8 +145,11 @@ def _choose_style(args: ModelArgs, base: Base, adapters: Sequence[Adapter], othe
     merged = base.path / RECORD
     if not records and merged.is_file():
         raw = read_json(merged)
-        if isinstance(raw.get("prompt_style"), str):
-            records[raw["prompt_style"], raw.get("prompt_template")] = base.path
+        style, template = raw.get("prompt_style"), raw.get("prompt_template")
+        if not isinstance(template, (str, type(None))):
+            raise InputError("a record that litlora did not write", where=merged, got=f"prompt_template {template!r}")
+        if isinstance(style, str):
+            records[style, template] = base.path
     if len(records) > 1:
         raise InputError(
             "the adapters were trained with different prompt styles",

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from litlora.data.dataset import Counts, Dataset, default_cache_dir, load, save
 from litlora.data.prompts import PromptStyle, Rendered
@@ -41,7 +42,7 @@ class _Example:
     """One row's ids and the spans [begin, end) of its ids that are labels."""
 
     number: int
-    ids: list[int]
+    ids: npt.NDArray[np.int32]  # a list of them would take nine times the memory
     trained: list[tuple[int, int]]
     straddles: bool = False  # a token would have crossed a bound
     chunked: bool = False
@@ -99,6 +100,8 @@ def _build(rows: Sequence[Row], tokenizer: Tokenizer, style: PromptStyle, option
     straddling: list[int] = []
     for example in _tokenize(rows, tokenizer, style, options.mask_prompt):
         length = len(example.ids)
+        if not length:
+            raise InputError(f"row {example.number} has no token", fix="take it out, or another --prompt_style")
         straddling += [example.number] if example.straddles else []
         longest = max(longest, length)
         if length <= options.max_seq_length:
@@ -165,7 +168,9 @@ def _example(row: Row, item: Rendered, found: Bounded, tokenizer: Tokenizer, mas
     borders = [0, *[end + len(lead) for end in ends if end is not None], len(ids)]
     spans = [(borders[i], borders[i + 1]) for i, (_, trained) in enumerate(item.segments) if trained]
     masked = mask_prompt or item.masked
-    return _Example(row.number, ids, spans if masked else [(0, len(ids))], straddles, item.chunked)
+    return _Example(
+        row.number, np.array(ids, dtype=np.int32), spans if masked else [(0, len(ids))], straddles, item.chunked
+    )
 
 
 def _in_parts(item: Rendered, tokenizer: Tokenizer) -> Bounded:
@@ -190,8 +195,7 @@ def _flatten(examples: Sequence[_Example], counts: Counts, options: _Options) ->
     offsets = np.zeros(len(examples) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     total = int(offsets[-1])
-    every_id = itertools.chain.from_iterable(example.ids for example in examples)
-    ids = np.fromiter(every_id, dtype=np.int32, count=total)
+    ids = np.concatenate([example.ids for example in examples])
     trained = np.zeros(total, dtype=np.bool_)
     for start, length, example in zip(offsets.tolist(), lengths, examples, strict=False):
         for begin, end in example.trained:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 Messages = tuple[dict[str, str], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Instruction:
     """One question and its answer. `number` is the row (or line) in the file, from 1."""
 
@@ -34,7 +34,7 @@ class Instruction:
         return (self.output,)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """Turns as {"role": …, "content": …}; every assistant turn is trained.
 
@@ -62,7 +62,7 @@ class Conversation:
         return tuple(message["content"] for message in self.messages if message["role"] == "assistant")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """Raw text for continued pretraining; every token is trained."""
 

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from litlora.checkpoint import refuse_links
 from litlora.data.files import Table, read_table, read_text
 from litlora.data.hub import HUB_FILES, fetch
 from litlora.data.rows import Conversation, Document, Instruction, Row
@@ -54,18 +55,21 @@ def load_rows(data: str, data_path: Path | str | None = None, multiturn: bool = 
 
 def _convert(table: Table, convert: Callable[[int, Mapping[str, Any]], Row]) -> list[Row]:
     rows: list[Row] = []
-    problems: list[str] = []
+    problems: list[str] = []  # the first few
+    refused = 0
     for number, value in table.values:
         try:
             if not isinstance(value, dict):
                 raise _RowError(f"is {_kind(value)}, not an object with named columns")
             rows.append(convert(number, value))
         except _RowError as error:
-            problems.append(f"{table.unit} {number} {error}")
-    if problems:
-        more = f"\n          … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "\n          ".join(problems[:_SHOWN])
-        what = f"{len(problems)} of {len(table.values)} rows cannot be used"
+            refused += 1
+            if refused <= _SHOWN:
+                problems.append(f"{table.unit} {number} {error}")
+    if refused:
+        more = f"\n          … and {refused - _SHOWN} more" if refused > _SHOWN else ""
+        listed = "\n          ".join(problems)
+        what = f"{refused} of {refused + len(rows)} rows cannot be used"
         raise InputError(what, where=table.path, got=listed + more)
     return rows
 
@@ -150,6 +154,8 @@ def _document(number: int, value: Mapping[str, Any]) -> Row:
 
 def _text_files(path: Path) -> list[Row]:
     """A .txt file is one document (a blank line is only a paragraph's end); a directory is its .txt files by name."""
+    if path.is_dir():
+        refuse_links(path)
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise InputError("no .txt file in the directory", where=path)

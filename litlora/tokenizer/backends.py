@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from litlora.errors import InputError
+from litlora.tokenizer.distrust import Refusals, check_file, check_parts, try_out
 from litlora.tokenizer.files import AddedToken, TokenizerFiles
 
 # A normalizer_spec with add_dummy_prefix = false. Appended to a serialized model it is merged into it, which is
@@ -53,10 +53,11 @@ class JsonBackend:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
 
-        try:
+        check_file(path)
+        self._refusals = Refusals(path, "tokenizer.json cannot be read")
+        with self._refusals:
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError("tokenizer.json cannot be read", where=path, got=error) from error
+            check_parts(self._tokenizer, path)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         added = self._tokenizer.get_added_tokens_decoder()
@@ -65,7 +66,9 @@ class JsonBackend:
         plain = [token for token in added.values() if not (token.lstrip or token.rstrip or token.single_word)]
         self.hard = tuple(token.content for token in plain if token.special and not token.normalized)
         self.size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.prefix, self.suffix = self._around()
+        with self._refusals:
+            self.prefix, self.suffix = self._around()
+        try_out(self, path)
 
     def _around(self) -> tuple[list[int], list[int]]:
         bare = self._tokenizer.encode("a", add_special_tokens=False).ids
@@ -78,20 +81,22 @@ class JsonBackend:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = []
         for start in range(0, len(texts), _CHUNK):
-            found = self._tokenizer.encode_batch_fast(list(texts[start : start + _CHUNK]), add_special_tokens=False)
+            with self._refusals:
+                found = self._tokenizer.encode_batch_fast(list(texts[start : start + _CHUNK]), add_special_tokens=False)
             ids += [encoding.ids for encoding in found]
         return ids
 
     def encode_continuation(self, text: str) -> list[int]:
         for anchor in _ANCHORS:
-            lead = self._tokenizer.encode(anchor, add_special_tokens=False).ids
-            ids = self._tokenizer.encode(anchor + text, add_special_tokens=False).ids
+            lead, ids = self.encode_batch([anchor, anchor + text])
             if ids[: len(lead)] == lead:
                 return ids[len(lead) :]
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        with self._refusals:
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        return text
 
     def id_of(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -110,10 +115,9 @@ class SentencePieceBackend:
     def __init__(self, path: Path, files: TokenizerFiles) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        try:
+        self._refusals = Refusals(path, "not a sentencepiece model")
+        with self._refusals:
             self._model = SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError, TypeError) as error:
-            raise InputError("tokenizer.model is not a sentencepiece model", where=path, got=error) from error
         self._pieces = int(self._model.get_piece_size())
         self._legacy = bool(files.config.get("legacy", True))
         self._added = {token.content: token for token in self._special_pieces(files)}
@@ -126,7 +130,8 @@ class SentencePieceBackend:
         bos, eos = (self.id_of(files.named.get(name, _SPECIAL_PIECES[name])) for name in ("bos_token", "eos_token"))
         self.prefix = [bos] if bos is not None and files.config.get("add_bos_token", True) else []
         self.suffix = [eos] if eos is not None and files.config.get("add_eos_token", False) else []
-        self._threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        try_out(self, path)
 
     def _special_pieces(self, files: TokenizerFiles) -> Iterable[AddedToken]:
         names = {**_SPECIAL_PIECES, **files.named}
@@ -149,7 +154,8 @@ class SentencePieceBackend:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         together = "\0".join(texts)
         if not any(content in together for content in self._added):
-            ids: list[list[int]] = self._model.encode(list(texts), num_threads=self._threads)
+            with self._refusals:
+                ids: list[list[int]] = self._model.encode(list(texts), num_threads=self._threads)
             return ids
         return [self._split_and_encode(text, self._model) for text in texts]
 
@@ -165,7 +171,8 @@ class SentencePieceBackend:
                 ids.append(token.id)
             elif part:
                 later = self._model if self._legacy else self._continuing
-                ids += (first if position == 0 else later).encode(part)
+                with self._refusals:
+                    ids += (first if position == 0 else later).encode(part)
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
@@ -174,14 +181,15 @@ class SentencePieceBackend:
         for index in map(int, ids):
             token = self._by_id.get(index)
             if token is None:
-                run.append(index)
+                run += [index] if 0 <= index < self._pieces else []
             elif not (token.special and skip_special):
                 out += [self._decode_run(run, first=not out), token.content]
                 run = []
         return "".join([*out, self._decode_run(run, first=not out)])
 
     def _decode_run(self, run: list[int], first: bool) -> str:
-        text: str = (self._model if first or self._legacy else self._continuing).decode(run) if run else ""
+        with self._refusals:
+            text: str = (self._model if first or self._legacy else self._continuing).decode(run) if run else ""
         return text
 
     def id_of(self, token: str) -> int | None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from litlora.checkpoint import read_json
 from litlora.errors import InputError
 
 # The files that decide what ids a text becomes; their bytes are the tokenizer's fingerprint.
@@ -53,8 +53,8 @@ class TokenizerFiles:
             return cls._read(directory)
         except InputError:
             raise
-        except (ValueError, TypeError, AttributeError) as error:
-            where = f"tokenizer_config.json or added_tokens.json in {directory}"
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            where = f"tokenizer_config.json, added_tokens.json or generation_config.json in {directory}"
             raise InputError("tokenizer settings of the wrong shape", where=where, got=error) from error
 
     @classmethod
@@ -88,37 +88,41 @@ class TokenizerFiles:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path.name} cannot be read", where=path, got=error, wanted="a JSON object") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path.name} is not a JSON object", where=path, got=type(value).__name__)
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def _content(token: Any) -> str | None:
     """A token is written as its text or as an object holding it."""
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) and token else None
+    if not isinstance(token, str) or not token:
+        return None
+    token.encode()  # half a surrogate pair is a ValueError here
+    return token
 
 
 def _ids(value: Any) -> list[int]:
+    """Token ids; below 0 means none."""
     values = value if isinstance(value, list) else [value]
-    return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+    return [_id(item) for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
+
+
+def _id(value: int | str) -> int:
+    index = int(value)
+    if not 0 <= index < 2**31:
+        raise ValueError(f"token id {index}")
+    return index
 
 
 def _added_tokens(directory: Path, config: dict[str, Any]) -> tuple[AddedToken, ...]:
     added: dict[int, AddedToken] = {}
+    mentioned = _mentioned(config)
     for content, index in _read_object(directory / "added_tokens.json").items():
-        added[int(index)] = AddedToken(int(index), content, special=content in _mentioned(config))
+        if (text := _content(content)) is not None:
+            added[_id(index)] = AddedToken(_id(index), text, special=text in mentioned)
     for key, token in (config.get("added_tokens_decoder") or {}).items():
-        text = _content(token)
-        if text is not None:
-            added[int(key)] = AddedToken(int(key), text, bool(token.get("special", False)))
+        if (text := _content(token)) is not None:
+            added[_id(key)] = AddedToken(_id(key), text, bool(token.get("special", False)))
     return tuple(added[index] for index in sorted(added))
 
 

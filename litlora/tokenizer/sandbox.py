@@ -31,7 +31,8 @@ Made = TypeVar("Made")
 
 LENGTH = 500_000  # characters of a template; real ones have up to 30,000
 WORK = 2_000_000  # passes, calls and characters of one rendering
-PER_CHARACTER = 20  # more of them for each character that is put in
+OUTPUT = 50_000  # characters
+PER_CHARACTER = 20  # more of both for each character that is put in
 SECONDS = 2.0  # of a CPU, beyond what a rendering may take (real templates take microseconds), all renderings together
 RENDERING, READING = 5e-3, 1e-6  # seconds a rendering and a character that is put in
 BITS = 4096  # of a whole number
@@ -298,7 +299,10 @@ class Template:
 
     def render(self, **values: Any) -> str:
         _purse.units = float("inf")
-        text = self._metered(lambda: self._template.render(values), _weigh(list(values.values())))
+        size = _weigh(list(values.values()))
+        text = self._metered(lambda: self._template.render(values), size)
+        if len(text) > OUTPUT + PER_CHARACTER * size:
+            raise jinja2.TemplateError(f"the template writes {len(text):,} characters")
         try:
             text.encode()
         except UnicodeEncodeError:
