@@ -105,7 +105,7 @@ def _remark(run: Run) -> None:
         run.problems.append("no validation")
     bad = int((~np.isfinite(run.column("loss"))).sum())
     if bad:
-        run.problems.append(f"{bad} of its steps have no finite loss")
+        run.problems.append(f"{bad} of its steps {'has' if bad == 1 else 'have'} no finite loss")
 
 
 def _settings(file: Path) -> dict[str, str]:
@@ -152,7 +152,7 @@ def _metrics(file: Path, problems: list[str]) -> dict[str, npt.NDArray[np.float6
     if skipped:
         problems.append(f"{skipped} line{'s' * (skipped != 1)} of metrics.csv cannot be read")
     if twice:
-        problems.append(f"{twice} step{'s' * (twice != 1)} of metrics.csv are there twice: the later rows are shown")
+        problems.append(f"metrics.csv has {twice} step{'s' * (twice != 1)} twice: the later row is shown")
     if not rows:
         return {}
     array = np.array([rows[step] for step in sorted(rows)])
