@@ -1,20 +1,15 @@
-"""What a run says of itself: a progress line, metrics.csv, memory."""
+"""What a run says of itself: a progress line, and its memory."""
 
 from __future__ import annotations
 
-import csv
-import io
 import resource
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 
 import torch
 from tqdm import tqdm
-
-from litlora.checkpoint import write_text
 
 
 def peak_memory(device: torch.device) -> float:
@@ -37,29 +32,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class MetricsFile:
-    """metrics.csv, a row per optimizer step; each row is on disk when `write` returns to the caller."""
-
-    def __init__(self, file: Path, columns: tuple[str, ...]) -> None:
-        self.columns = columns
-        write_text(file, ",".join(columns) + "\n")
-        self.stream = file.open("a", newline="")
-
-    def write(self, row: dict[str, object]) -> None:
-        """Missing values stay empty; floats keep all their digits."""
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow([_cell(row.get(column)) for column in self.columns])
-        self.stream.write(line.getvalue())
-        self.stream.flush()
-
-    def close(self) -> None:
-        self.stream.close()
-
-
-def _cell(value: object) -> str:
-    return "" if value is None else repr(value) if isinstance(value, float) else str(value)
 
 
 class Progress:

@@ -132,8 +132,8 @@ class TrainingCheckpoint:
         directory = self.directory / BEST
         return sorted(directory.iterdir()) if directory.is_dir() else []
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        """Puts adapter, optimizer and random generators back, in place. Raises InputError when they do not fit."""
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Puts adapter and optimizer back, in place. Raises InputError when they do not fit."""
         parameters = trained_parameters(model)
         found = {
             name.removeprefix("adapter."): info for name, info in self.tensors.items() if name.startswith("adapter.")
@@ -155,6 +155,12 @@ class TrainingCheckpoint:
                 if key.startswith("optimizer."):
                     name, _, entry = key.removeprefix("optimizer.").rpartition(".")
                     optimizer.state[parameters[name]][entry] = info.read().to(parameters[name].device)
+        except (KeyError, RuntimeError) as error:
+            raise _damaged(self.directory / TENSORS, f"{type(error).__name__}: {error}") from None
+
+    def restore_random(self, device: torch.device) -> None:
+        """Puts the random generators back: the last thing before the next step. Raises InputError."""
+        try:
             states = {name: info.read() for name, info in self.tensors.items() if name.startswith("random.")}
             set_random_state(states, device)
         except (KeyError, ValueError, TypeError, IndexError, RuntimeError, OverflowError) as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -219,13 +221,13 @@ def test_an_interrupted_run_keeps_its_last_step(
 
     def interrupted(*args: Any, **kwargs: Any) -> Iterator[Any]:
         for step in train(*args, **kwargs):
-            yield step
             if step.number == 2:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)
+            yield step
 
     monkeypatch.setattr(finetune_lora, "train", interrupted)
     assert finetune(tmp_path / "run", eval_interval=100, max_steps=10) == 130
-    assert "interrupted after step 2 of 10" in capsys.readouterr().err
+    assert "stopped by SIGINT after step 2 of 10" in capsys.readouterr().err
     for directory in (tmp_path / "run", tmp_path / "run" / "last"):
         assert json.loads((directory / "litlora.json").read_text())["step"] == 2
         assert (directory / WEIGHTS).is_file()

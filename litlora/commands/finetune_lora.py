@@ -28,6 +28,7 @@ from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules, lora_parameter
 from litlora.memory import MicroBatch, choose_micro_batch, out_of_memory
 from litlora.metrics import Progress, reset_peak_memory, say
 from litlora.model import CausalLoss, Decoder
+from litlora.ops import fastest
 from litlora.optimizers import make_optimizer, make_schedule, require_optimizer
 from litlora.packing import Batch, micro_batches, step_plan
 from litlora.peft_format import Adapter, Record, load_factors, targets_of
@@ -185,12 +186,16 @@ def build(job: Job) -> Decoder:
     args, base = job.args, job.base
     assert base.weights is not None
     fix = "--accelerator cpu, or a smaller model" if args.quantize else "--quantize bnb.nf4-dq"
+    ops, plain = fastest(job.device)
+    if plain:
+        say(f"note: the plain operations are used, which are slower: {plain}")
     with explained_memory(f"the weights of {args.checkpoint_dir}", fix):
         decoder = load_model(
             base.weights,
             job.precision.quantizer,
             dtype=job.precision.dtype,
             device=job.device,
+            ops=ops,
             quantize_head=args.quantize_head,
         )
     adapt(decoder, job.lora, DTYPES[args.lora_dtype])
@@ -216,16 +221,19 @@ def set_up(job: Job, fabric: Fabric, decoder: Decoder) -> Training:
     if checkpoint is None:
         totals, metrics = Totals(), files.start(settings)
     else:
-        checkpoint.restore(decoder, optimizer, job.device)
+        checkpoint.restore(decoder, optimizer)
         totals, metrics = checkpoint.totals, files.resume(settings, checkpoint)
         say(f"resuming after step {totals.step:,} of {len(job.plan):,}, from {checkpoint.directory}")
     reset_peak_memory(job.device)
     measures = Measures.of(job.base.config, lora_modules(decoder), micro, job.precision)
-    return Training(
+    training = Training(
         job, fabric, decoder, model, optimizer, micro, first_record(job), conditions, files, metrics, totals,
         job.data.validation_batches(), Progress(len(job.plan), args.log_interval, quiet=args.quiet), measures,
         Loggers(args.logger, args.out_dir, settings, totals.step),
     )  # fmt: skip
+    if checkpoint is not None:
+        checkpoint.restore_random(job.device)  # last: what is drawn meanwhile does not count
+    return training
 
 
 def choose_micro(job: Job) -> MicroBatch:
