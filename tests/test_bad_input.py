@@ -25,7 +25,7 @@ from torch import nn
 from litlora import frozen, merge, merge_write, precision
 from litlora.checkpoint import INDEX, SINGLE, Checkpoint
 from litlora.cli import call
-from litlora.commands import finetune_lora, generate, models, validate
+from litlora.commands import finetune_job, finetune_lora, generate, models, validate
 from litlora.config import ModelConfig
 from litlora.data import hub
 from litlora.load import load_model, meta_decoder
@@ -1034,7 +1034,7 @@ def out_dir_too_long(desk: Desk) -> dict[str, Any]:
 def disk_too_small(desk: Desk) -> dict[str, Any]:
     usage = shutil.disk_usage(desk.path)
     desk.patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1_000_000))
-    desk.patch.setattr(finetune_lora, "load_data", lambda *_: pytest.fail("the data were read"))
+    desk.patch.setattr(finetune_job, "load_data", lambda *_: pytest.fail("the data were read"))
     return {}
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from litlora.cli import call, parse
 from litlora.commands import finetune_lora
+from litlora.commands.finetune_flags import check_flags
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 LLAMA_2_7B = {
@@ -37,7 +38,7 @@ def test_the_articles_runs_are_there() -> None:
 def test_parses(config: Path) -> None:
     args, given = parse("finetune_lora", finetune_lora, ["--config", str(config)])
     assert {"checkpoint_dir", "out_dir", "data", "learning_rate"} <= given
-    finetune_lora.check_flags(args)
+    check_flags(args)
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.stem in TRAINABLE], ids=lambda path: path.stem)

@@ -22,6 +22,7 @@ from litlora.cli import call
 from litlora.commands import finetune_lora, finetune_training
 from litlora.memory import MicroBatch
 from litlora.model import CausalLoss
+from litlora.resume import find_checkpoint
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -136,7 +137,7 @@ def test_a_checkpoint_holds_adapter_optimizer_and_little_more(tmp_path: Path) ->
     assert finetune(tmp_path / "run", lora_dtype="bfloat16", save_dtype="float32", keep_last=1) == 0
     assert checkpoints(tmp_path / "run") == ["step-00000008"]
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000008"
-    shard = finetune_lora.find_checkpoint(str(checkpoint), tmp_path).tensors.values()  # type: ignore[union-attr]
+    shard = find_checkpoint(str(checkpoint), tmp_path).tensors.values()  # type: ignore[union-attr]
     assert {info.dtype for info in shard if info.name.startswith("adapter.")} == {torch.bfloat16}  # not as it is saved
     parameters = json.loads((tmp_path / "run" / "summary.json").read_text())["trainable_parameters"]
     assert sum(info.nbytes for info in shard) < parameters * 2 * 3 + 100_000  # itself and two moments
@@ -591,7 +592,7 @@ def test_a_step_without_a_number_is_not_applied_and_its_rows_are_named(
 def test_a_bad_step_leaves_adapter_and_optimizer_as_they_were(tmp_path: Path, poison: Any) -> None:
     poison(lambda rows: True, NAN, NAN)
     assert finetune(tmp_path / "run", max_steps=3, max_bad_steps=9, save_interval=1) == 0
-    found = finetune_lora.find_checkpoint("auto", tmp_path / "run")
+    found = find_checkpoint("auto", tmp_path / "run")
     assert found is not None
     assert not [name for name in found.tensors if name.startswith("optimizer.")]
     assert not any(info.read().any() for name, info in found.tensors.items() if name.endswith("lora_B.weight"))

@@ -2,68 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 
 from litlora import __version__
-from litlora.checkpoint import require_disk
-from litlora.commands.common import Base, TrainingData, load_data, record_style
-from litlora.commands.finetune_flags import Args, check_flags, check_paths, seconds_of
+from litlora.commands.common import record_style
+from litlora.commands.finetune_flags import Args, seconds_of
+from litlora.commands.finetune_job import DTYPES, Job, announce, prepare
 from litlora.commands.finetune_report import Measures
-from litlora.commands.finetune_resume import check_resume, machine, plain
 from litlora.commands.finetune_training import Training
 from litlora.commands.models import explained_memory
-from litlora.commands.prompts import Prompt
-from litlora.decode import check_prompts
 from litlora.errors import InputError
-from litlora.load import load_model, meta_decoder, parameter_count
+from litlora.load import load_model
 from litlora.loggers import Loggers
-from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules, lora_parameters
+from litlora.lora import adapt, lora_modules, lora_parameters
 from litlora.memory import MicroBatch, choose_micro_batch, out_of_memory
 from litlora.metrics import Progress, reset_peak_memory, say
 from litlora.model import CausalLoss, Decoder
 from litlora.ops import fastest
-from litlora.optimizers import make_optimizer, make_schedule, require_optimizer
-from litlora.packing import Batch, micro_batches, step_plan
-from litlora.peft_format import Adapter, Record, load_factors, targets_of
-from litlora.precision import RunPrecision, default_precision, pick_device
-from litlora.resume import Conditions, Totals, TrainingCheckpoint, find_checkpoint
+from litlora.optimizers import make_optimizer, make_schedule
+from litlora.packing import Batch, micro_batches
+from litlora.peft_format import Record, load_factors
+from litlora.resume import Totals
 from litlora.run_files import RunFiles
 from litlora.train import FabricPrecision, Stop, train
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Plan = list[tuple[int, list[int]]]  # the run's optimizer steps: epoch from 1, examples
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that is checked and ready to be done; nothing is loaded yet."""
-
-    args: Args
-    device: torch.device
-    precision: RunPrecision
-    base: Base
-    start: Adapter | None  # of --lora_path
-    lora: LoRA
-    data: TrainingData
-    plan: Plan
-    question: tuple[str, list[int]] | None  # what is asked at each validation, and its ids
-    conditions: Conditions
-    checkpoint: TrainingCheckpoint | None  # where the run goes on
-
-    @property
-    def patience(self) -> int | None:
-        return self.args.early_stopping_patience
-
-    @property
-    def save_dtype(self) -> torch.dtype:
-        return DTYPES[self.args.save_dtype or self.args.lora_dtype]
 
 
 def run(args: Args, given: frozenset[str] = frozenset()) -> None:
@@ -89,86 +55,6 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     else:
         training.say_stopped(stopped)
         raise SystemExit(stop.exit_code)
-
-
-def prepare(args: Args, given: frozenset[str]) -> Job:
-    """Finds everything that can be wrong before the long work starts. Raises InputError."""
-    check_flags(args)
-    device = pick_device(args.accelerator)
-    args = args if args.precision else replace(args, precision=default_precision(device))
-    base = Base.open(args.checkpoint_dir, weights=not args.dry_run)
-    checkpoint = base.weights.checkpoint if base.weights else None
-    start = Adapter.open(args.lora_path, base.config, checkpoint) if args.lora_path else None
-    lora = choose_lora(args, given, start)
-    resumed = None
-    if not args.dry_run:
-        check_paths(args)
-        resumed = find_checkpoint(args.resume, args.out_dir)
-        RunFiles(args.out_dir).check(args.overwrite, args.resume, resumed)
-        require_disk(args.out_dir, disk_bytes(args, adapter_parameters(base, lora)))
-    precision = RunPrecision(str(args.precision), args.quantize, device)
-    require_optimizer(args.optimizer, device)
-    data = load_data(args, base, args.prompt_style)
-    if args.early_stopping_patience is not None and not data.validation:
-        raise InputError("nothing to stop early by", where="--early_stopping_patience", got="no validation rows",
-                         fix="--val_split or --val_path")  # fmt: skip
-    question = sample_question(args, data, base)
-    conditions = Conditions(
-        settings=plain(asdict(args) | adapter_settings(lora)),
-        base_fingerprint=checkpoint.fingerprint if checkpoint else "",
-        data_fingerprint=fingerprint(data),
-        device=device.type,
-        chosen={},  # known when the model is loaded
-        machine=machine(device),
-    )
-    if resumed is not None:
-        check_resume(resumed, conditions, override=args.resume_override)
-    plan = plan_steps(args, data)
-    return Job(args, device, precision, base, start, lora, data, plan, question, conditions, resumed)
-
-
-def choose_lora(args: Args, given: frozenset[str], start: Adapter | None) -> LoRA:
-    """The flags' LoRA, or the starting adapter's. Raises InputError when flags given by hand contradict that one."""
-    if start is None:
-        targets = targets_of({flag: getattr(args, flag) for flag in FLAG_TARGETS})
-        return LoRA(args.lora_r, args.lora_alpha, args.lora_dropout, targets, rslora=args.lora_rslora)
-    held = {"lora_r": start.lora.r, "lora_alpha": start.lora.alpha, "lora_rslora": start.lora.rslora}
-    for flag, leaves in FLAG_TARGETS.items():
-        held[flag] = any(name.endswith(leaf) for name in start.modules for leaf in leaves)
-    wrong = [flag for flag in held if flag in given and getattr(args, flag) != held[flag]]
-    if wrong:
-        raise InputError(
-            "flags that contradict the adapter to start from",
-            where=f"--lora_path {args.lora_path}",
-            got=", ".join(f"--{flag} {getattr(args, flag)}" for flag in wrong),
-            wanted=", ".join(f"{flag} {held[flag]}" for flag in wrong),
-            fix="leave these flags out",
-        )
-    return replace(start.lora, dropout=args.lora_dropout) if "lora_dropout" in given else start.lora
-
-
-def plan_steps(args: Args, data: TrainingData) -> Plan:
-    """All optimizer steps, always over `batch_size` examples, however they will be cut into micro-batches; those
-    without any trained token are left out, and said so."""
-    trained = np.add.reduceat(data.dataset.flat_trained, data.dataset.offsets[:-1], dtype=np.int64)
-    plan: Plan = []
-    empty = 0
-
-    def steps() -> Iterator[tuple[int, list[int]]]:
-        for epoch in range(1, args.epochs + 1):
-            for rows in step_plan(len(data.train), args.batch_size, args.seed, epoch, args.shuffle):
-                yield epoch, [data.train[row] for row in rows]
-
-    for epoch, indices in steps():
-        if trained[indices].any():
-            plan.append((epoch, indices))
-        else:
-            empty += 1
-        if len(plan) == args.max_steps:
-            break
-    if empty:
-        say(f"warning: {empty:,} steps hold no trained token at all and are left out")
-    return plan
 
 
 def is_finished(job: Job) -> bool:
@@ -313,71 +199,8 @@ def memory_advice(training: Training) -> InputError:
     )
 
 
-def adapter_parameters(base: Base, lora: LoRA) -> int:
-    """Counted on the meta device."""
-    decoder = meta_decoder(base.config)
-    adapt(decoder, lora)
-    return sum(p.numel() for p in lora_parameters(decoder))
-
-
-def disk_bytes(args: Args, parameters: int) -> int:
-    """What a run leaves: two adapters, and the checkpoints, one more while it is written."""
-    saved, trained = DTYPES[args.save_dtype or args.lora_dtype].itemsize, DTYPES[args.lora_dtype].itemsize
-    state = {"adamw": 2 * trained, "adamw_8bit": 3, "sgd": 0}[args.optimizer]
-    return parameters * (2 * saved + (args.keep_last + 1) * (trained + state)) + 10_000_000
-
-
-def fingerprint(data: TrainingData) -> str:
-    """Of the ids, the labels and the split: what the steps are made from."""
-    digest = hashlib.blake2b(digest_size=16)
-    for dataset, indices in ((data.dataset, data.train), (data.validation_dataset, data.validation)):
-        for array in (dataset.flat_ids, dataset.flat_trained, dataset.offsets, np.array(indices)):
-            digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
 def make_deterministic(deterministic: bool) -> None:
     """The same bits in every run: sums on a GPU are otherwise added up in any order."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(deterministic)
-
-
-def adapter_settings(lora: LoRA) -> dict[str, object]:
-    """What hyperparameters.yaml says of the adapter: a starting adapter's values, not the flags' defaults."""
-    flags: dict[str, object] = {
-        flag: any(leaf in lora.targets for leaf in leaves) for flag, leaves in FLAG_TARGETS.items()
-    }
-    named = {"lora_r": lora.r, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout, "lora_rslora": lora.rslora}
-    return flags | named
-
-
-def sample_question(args: Args, data: TrainingData, base: Base) -> tuple[str, list[int]] | None:
-    """What is asked at each validation, and its ids: --sample_prompt, else a validation row's. Raises InputError for a
-    flag's text that does not fit the model."""
-    instruction, extra = (args.sample_prompt, "") if args.sample_prompt else data.sample or (None, "")
-    if instruction is None:
-        return None
-    ids = base.tokenizer.encode_prompt(Prompt("--sample_prompt", instruction, extra).render(data.style))
-    check_prompts([ids], 1, base.config.max_position_embeddings, base.config.vocab_size, ["--sample_prompt"])
-    return instruction, ids
-
-
-def announce(job: Job) -> None:
-    """What is about to be done: all that a dry run says."""
-    args, base, data, lora, steps = job.args, job.base, job.data, job.lora, len(job.plan)
-    total, trainable = parameter_count(base.config), adapter_parameters(base, lora)
-    tell = say if args.dry_run or not args.quiet else lambda text: None
-    tell(f"model: {args.checkpoint_dir}: {total:,} parameters, {args.quantize or 'not quantized'}, {args.precision}")
-    tell(f"adapter: r {lora.r}, alpha {lora.alpha:g}, {', '.join(lora.targets)}: {trainable:,} trainable parameters")
-    per_epoch = -(-len(data.train) // args.batch_size)
-    steps_of = f"{steps:,} step{'s' * (steps != 1)} of {args.batch_size} rows"
-    tell(
-        f"training: {len(data.train):,} rows, {data.train_tokens:,} tokens, {steps_of} "
-        f"({per_epoch:,} an epoch); validation: {len(data.validation):,} rows"
-    )
-    if args.warmup_steps >= steps:
-        say(
-            f"note: --warmup_steps {args.warmup_steps} is not less than the number of steps, {steps}: "
-            "the learning rate never reaches its peak"
-        )

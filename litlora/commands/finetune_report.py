@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ import torch
 from litlora.checkpoint import read_json
 from litlora.commands.download import RECORD as DOWNLOAD
 from litlora.commands.finetune_flags import Args
+from litlora.commands.finetune_job import Job
 from litlora.config import ModelConfig
 from litlora.deltas import Deltas
 from litlora.errors import InputError
@@ -28,9 +28,6 @@ from litlora.peft_format import Record
 from litlora.precision import RunPrecision
 from litlora.resume import Totals
 from litlora.train import Step
-
-if TYPE_CHECKING:
-    from litlora.commands.finetune_lora import Job
 
 
 @dataclass(frozen=True)
