@@ -130,15 +130,17 @@ def measure(dataset: Dataset, indices: Sequence[int]) -> dict[str, Any]:
         "histogram": [
             {"from": i * width + 1, "to": min((i + 1) * width, longest) if i < BINS else longest, "sequences": count}
             for i, count in enumerate(np.bincount(places).tolist())
+            if i >= places.min()
         ],
     }
 
 
 def ends(dataset: Dataset, tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The tokens that sequences end with, the most frequent first, three at most."""
-    tokens, counts = np.unique(dataset.flat_ids[dataset.offsets[1:] - 1], return_counts=True)
+    """The tokens that rows end with, the most frequent first, three at most."""
+    last = np.flatnonzero(np.append(dataset.rows[1:] != dataset.rows[:-1], True))  # a document is several sequences
+    tokens, counts = np.unique(dataset.flat_ids[dataset.offsets[1:][last] - 1], return_counts=True)
     found = sorted(zip(counts.tolist(), tokens.tolist(), strict=True), reverse=True)
-    return [{**named(token, tokenizer), "sequences": count} for count, token in found[:3]]
+    return [{**named(token, tokenizer), "rows": count} for count, token in found[:3]]
 
 
 def example(number: int, data: TrainingData, tokenizer: Tokenizer) -> dict[str, Any]:

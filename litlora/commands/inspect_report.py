@@ -40,7 +40,7 @@ def report(
         if about[part]:
             yield from ("", *_lengths(part, about[part], bars=part == "training"))
     yield ""
-    yield "checks (row numbers as in the file, from 1: of a .json list the element, of .jsonl and .csv the line)"
+    yield "checks (rows by number, from 1: the element of a .json list, the line of .jsonl and .csv)"
     for file, found in checks.items():
         yield f"  {file}"
         yield from (f"    {line}" for check in found for line in _check(check, paint))
@@ -83,7 +83,7 @@ def _settings(about: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"    {line}" for line in visible(about["template"]).split("\n"))
     before = " ".join(map(_token, about["added_before"]))
     yield f"the tokenizer adds {before or 'nothing'} before a text"
-    yield "sequences end with " + ", ".join(f"{_token(end)} {end['sequences']:,} times" for end in about["ends"])
+    yield "rows end with " + ", ".join(f"{_token(end)} {end['rows']:,} times" for end in about["ends"])
     yield f"generation stops at {', '.join(map(_token, about['stop_tokens']))}"
 
 
