@@ -28,7 +28,8 @@ from litlora.lora import LoRA
 from litlora.markdown import block, clean, code, inline, table
 from litlora.model_card import Card
 from litlora.peft_format import Record
-from litlora.report.plots import smooth
+from litlora.report import read_run
+from litlora.report.plots import _deltas, smooth
 from litlora.run_files import COLUMNS
 
 ROOT = Path(__file__).parents[1]
@@ -139,8 +140,8 @@ def test_what_rounding_costs(tmp_path: Path, report: Report) -> None:
     variants = [{"name": "adapter on bnb.nf4", "val_loss": 2.05}, {"name": "merged into bf16", "val_loss": 2.0}]
     (run / "rounding.json").write_text(json.dumps({"variants": variants}))
     assert cells(report(run)[0], "What rounding costs (validation loss)")[1:] == [
-        ["adapter on bnb.nf4", "2.0500"],
-        ["merged into bf16", "2.0000 (-0.0500)"],
+        ["adapter on bnb.nf4", "2.05000"],
+        ["merged into bf16", "2.00000 (-0.05000)"],
     ]
 
 
@@ -293,6 +294,17 @@ def test_without_matplotlib_the_report_says_what_is_missing(
     assert "pip install 'litlora[report]'" in (tmp_path / "page" / "report.md").read_text()
     assert "litlora[report]" in (tmp_path / "page" / "report.html").read_text()
     assert sorted(path.name for path in (tmp_path / "page").iterdir()) == ["report.html", "report.md"]
+
+
+def test_no_point_lies_outside_its_plot(tmp_path: Path) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    small, large = make_run(tmp_path / "small", steps=20), make_run(tmp_path / "large", steps=200)
+    text = (small / "metrics.csv").read_text()
+    (small / "metrics.csv").write_text(text.replace("delta_q_proj", "delta_v_proj"))
+    assert _deltas(figure, [read_run(large), read_run(small)])
+    values = [(axes.get_ylim(), y) for axes in figure.axes for line in axes.lines for y in line.get_ydata()]
+    assert len(values) == 22
+    assert all(low <= y <= high for (low, high), y in values)
 
 
 def test_smoothing_keeps_length_and_means() -> None:

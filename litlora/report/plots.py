@@ -147,7 +147,7 @@ def _deltas(figure: Figure, runs: Sequence[Run]) -> bool:
             if len(steps):
                 _line(axes, steps, 100 * ratios, **_style(place), linewidth=1.4, marker="o", markersize=3)
         axes.set_title(clean(target.removeprefix("delta_"), 30), fontsize=10)
-        axes.set_ylim(bottom=0)
+    grid[0].set_ylim(bottom=0)  # of all, and last: it ends the fitting to the data
     for place, axes in enumerate(grid):
         axes.set_visible(place < len(targets))
         if place + columns >= len(targets):

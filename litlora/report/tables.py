@@ -114,7 +114,7 @@ def _rounding(runs: Sequence[Run], names: Sequence[str]) -> Section:
             return NONE
         first = next(iter(run.rounding.values()))
         loss = run.rounding[variant]
-        return f"{loss:.4f}" if variant == next(iter(run.rounding)) else f"{loss:.4f} ({loss - first:+.4f})"
+        return f"{loss:.5f}" if variant == next(iter(run.rounding)) else f"{loss:.5f} ({loss - first:+.5f})"
 
     rows = [[variant, *(cell(run, variant) for _, run in held)] for variant in variants]
     title = "What rounding costs (validation loss)"
