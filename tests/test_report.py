@@ -300,7 +300,7 @@ def test_no_point_lies_outside_its_plot(tmp_path: Path) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
     small, large = make_run(tmp_path / "small", steps=20), make_run(tmp_path / "large", steps=200)
     text = (small / "metrics.csv").read_text()
-    (small / "metrics.csv").write_text(text.replace("delta_q_proj", "delta_v_proj"))
+    (small / "metrics.csv").write_text(text.replace("delta_q_proj", "delta_x"))
     assert _deltas(figure, [read_run(large), read_run(small)])
     values = [(axes.get_ylim(), y) for axes in figure.axes for line in axes.lines for y in line.get_ydata()]
     assert len(values) == 22
