@@ -4,7 +4,6 @@ the run and ends nothing."""
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +12,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
-from litlora.checkpoint import Shard
+from litlora.checkpoint import Shard, read_json
 from litlora.errors import InputError
+from litlora.flat_yaml import read_flat_yaml
 from litlora.peft_format import WEIGHTS
 from litlora.run_files import METRICS, ROUNDING, SETTINGS, SUMMARY
 from litlora.samples import SAMPLES, Sample, read_samples
 
-MAX_BYTES = {SETTINGS: 100_000, SUMMARY: 100_000, ROUNDING: 100_000, SAMPLES: 20_000_000, METRICS: 100_000_000}
+MAX_BYTES = {SUMMARY: 100_000, ROUNDING: 100_000, SAMPLES: 20_000_000, METRICS: 100_000_000}
 T = TypeVar("T")
 
 
@@ -77,17 +76,17 @@ def read_run(directory: Path) -> Run:
         if not file.is_file():
             return None
         try:
-            if file.stat().st_size > MAX_BYTES[name]:
+            if name in MAX_BYTES and file.stat().st_size > MAX_BYTES[name]:
                 raise InputError(f"larger than {MAX_BYTES[name] / 1e6:g} MB")
             return parse(file)
-        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError, csv.Error) as error:
+        except (OSError, ValueError, TypeError, RecursionError, csv.Error) as error:
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             run.problems.append(f"{name} cannot be read: {first[:200]}")
             return None
 
     run.settings = read(SETTINGS, _settings) or {}
     run.metrics = read(METRICS, lambda file: _metrics(file, run.problems)) or {}
-    run.summary = read(SUMMARY, _table) or {}
+    run.summary = read(SUMMARY, read_json) or {}
     run.samples = read(SAMPLES, lambda file: _samples(file, run.problems)) or []
     run.rounding = read(ROUNDING, _rounding) or {}
     run.trainable_parameters = _trainable(run)
@@ -109,19 +108,13 @@ def _remark(run: Run) -> None:
 
 
 def _settings(file: Path) -> dict[str, str]:
-    raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise InputError("not a table of settings")
-    return {str(key): _plain(value) for key, value in raw.items() if isinstance(key, str)}
+    return {key: _plain(value) for key, value in read_flat_yaml(file).items()}
 
 
 def _plain(value: object) -> str:
-    """A setting as text. Nothing nested is: a few lines of YAML can name themselves a billion times over."""
-    if isinstance(value, list | tuple):
-        whole = len(value) <= 100 and not any(isinstance(part, list | tuple | dict | set) for part in value)
-        return ", ".join(_plain(part) for part in value) if whole else "(a nested value)"
-    if isinstance(value, dict | set):
-        return "(a nested value)"
+    """A setting as text."""
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "–"}[value]
     short = f"{value:g}" if isinstance(value, float) else str(value)
@@ -167,13 +160,6 @@ def _cell(text: str) -> float:
         return math.nan
 
 
-def _table(file: Path) -> dict[str, Any]:
-    raw = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise InputError("not a JSON object")
-    return raw
-
-
 def _samples(file: Path, problems: list[str]) -> list[Sample]:
     samples, bad = read_samples(file)
     if bad:
@@ -182,7 +168,7 @@ def _samples(file: Path, problems: list[str]) -> list[Sample]:
 
 
 def _rounding(file: Path) -> dict[str, float]:
-    variants = _table(file).get("variants")
+    variants = read_json(file).get("variants")
     if not isinstance(variants, list) or not all(isinstance(variant, dict) for variant in variants):
         raise InputError("it has no list of variants")
     found = {str(variant.get("name")): number(variant.get("val_loss")) for variant in variants}
