@@ -31,7 +31,7 @@ def require_loggers(names: str) -> list[str]:
         if name not in LOGGERS:
             raise InputError("unknown --logger", got=name, wanted=", ".join(LOGGERS))
         if name != "csv" and importlib.util.find_spec(name) is None:
-            what, fix = f"--logger {name} needs a package that is not installed", f"pip install 'litlora[{name}]'"
+            what, fix = f"--logger {name} needs a package that is not installed", f"pip install {name}"
             raise InputError(what, wanted=name, fix=fix)
     return found
 

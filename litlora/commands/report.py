@@ -10,7 +10,7 @@ from litlora.errors import InputError
 from litlora.metrics import say
 from litlora.report import draw, is_run, page, read_run, sections, to_markdown
 
-MISSING = "Plots need matplotlib: pip install 'litlora[report]'"
+MISSING = "Plots need matplotlib: pip install matplotlib"
 
 
 @dataclass(frozen=True)
