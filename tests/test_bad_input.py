@@ -1175,8 +1175,8 @@ def test_out_of_memory_in_answers_and_in_validation(card: Desk, capsys: pytest.C
     assert "fix:    --batch_size 2" in message
     card.patch.setattr(validate, "validation_loss", out_of_memory)
     message = refusal(card, capsys, *card.line(VALIDATE, {"micro_batch_tokens": 512}))
-    assert "activations of 512 tokens" in message
-    assert "fix:    --micro_batch_tokens 256" in message
+    assert "activations of 117 tokens" in message  # all that there are
+    assert "fix:    --micro_batch_tokens 58" in message
 
 
 def test_a_validation_row_longer_than_the_context_is_not_asked(card: Desk, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from litlora.errors import InputError
 from litlora.load import load_model
 from litlora.metrics import say
 from litlora.model import Decoder
+from litlora.ops import Ops
 from litlora.peft_format import RECORD, Adapter, attach
 from litlora.precision import RunPrecision, default_precision, pick_device
 from litlora.sampling import Sampling
@@ -103,8 +104,8 @@ class OpenModel:
             )
         return ids or [int(self.tokenizer.bos_id or 0)]
 
-    def load(self) -> Decoder:
-        """The model on its device, adapters unmerged over it."""
+    def load(self, ops: Ops | None = None) -> Decoder:
+        """The model on its device, adapters unmerged over it; `ops` are the plain ones without it."""
         assert self.base.weights is not None
         precision = self.precision
         fix = "--accelerator cpu" if precision.quantizer.name else "--quantize bnb.nf4-dq, or --accelerator cpu"
@@ -114,6 +115,7 @@ class OpenModel:
                 precision.quantizer,
                 dtype=precision.dtype,
                 device=precision.device,
+                ops=ops,
                 quantize_head=self.quantize_head,
             )
             if self.adapters:

@@ -22,10 +22,11 @@ from litlora.load import Weights, load_model
 from litlora.merge import Merge
 from litlora.metrics import say
 from litlora.model import Decoder
+from litlora.ops import fastest
 from litlora.peft_format import Adapter, Record
 from litlora.precision import RunPrecision
+from litlora.run_files import ROUNDING
 
-ROUNDING = "rounding.json"
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -51,14 +52,16 @@ def variants(model: OpenModel) -> Iterator[tuple[str, Callable[[], Decoder]]]:
     assert base is not None
     trained, merged = model.precision.quantizer.name, Merge(base, model.adapters, model.weights)
     dense = RunPrecision(model.precision.precision, None, model.precision.device)
+    ops = fastest(dense.device)[0]  # training's, so that the first line is what training saw
     own = SHORT[merged.out_dtype(merged.source(f"{min(merged.adapted)}.weight"))]
 
     def load(weights: Weights) -> Callable[[], Decoder]:
-        return lambda: load_model(weights, dense.quantizer, dtype=dense.dtype, device=dense.device).eval()
+        return lambda: load_model(weights, dense.quantizer, dtype=dense.dtype, device=dense.device, ops=ops).eval()
 
     if trained is not None:
-        yield f"adapter on {trained}", model.load
-    yield f"adapter on {own}", replace(model, precision=dense, quantize_head=False).load
+        yield f"adapter on {trained}", lambda: model.load(ops)
+    unquantized = replace(model, precision=dense, quantize_head=False)
+    yield f"adapter on {own}", lambda: unquantized.load(ops)
     yield f"merged into {own}", load(merged)
     if trained is not None:
         yield f"merged onto {trained}-rounded {own}", load(replace(merged, base_rounding=trained))

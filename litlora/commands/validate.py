@@ -18,6 +18,7 @@ from litlora.data import load_rows
 from litlora.errors import InputError
 from litlora.metrics import say
 from litlora.model import CausalLoss, Decoder, validation_loss
+from litlora.ops import fastest
 from litlora.packing import Batch
 from litlora.peft_format import Record
 
@@ -70,7 +71,7 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     batches = validation_batches(dataset, range(len(dataset)), args.micro_batch_tokens)
     about: dict[str, Any] = {"rows": len(rows), "trained_tokens": sum(batch.trained_tokens for batch in batches)}
     if record is None:
-        loss = measure(model.load(), model, batches)
+        loss = measure(model.load(fastest(model.precision.device)[0]), model, batches)  # training's operations
         print(json.dumps({"val_loss": loss, "perplexity": math.exp(loss), **about}))
         return
     found = compare(model, lambda decoder: measure(decoder, model, batches))
