@@ -629,3 +629,34 @@ def test_the_metrics_of_another_version_are_refused(finished: Path, capsys: pyte
     file.write_text(file.read_text().replace("grad_norm", "norm"))
     assert finetune(finished, max_steps=4) == 2
     assert "columns" in capsys.readouterr().err
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"quantize": "bnb.nf4-dq", "optimizer": "adamw_8bit", "lora_r": 32},
+        {"precision": "32-true", "activation_checkpointing": "full"},
+        {"precision": "bf16-mixed", "quantize": "bnb.nf4"},
+    ],
+    ids=str,
+)
+def test_deterministic_runs_on_a_gpu_are_the_same_twice_and_go_on_bit_for_bit(
+    flags: dict[str, Any], tmp_path: Path, at_step: Any
+) -> None:
+    flags = {"accelerator": "cuda", "deterministic": "true", "precision": "bf16-true", **flags}
+    try:
+        for name in ("whole", "twice"):
+            assert finetune(tmp_path / name, **flags) == 0
+        assert not kill.differences(tmp_path / "whole", tmp_path / "twice")
+        at_step(5, die)
+        assert finetune(tmp_path / "run", **flags) == 130
+        assert finetune(tmp_path / "run", **flags) == 0
+        assert not kill.differences(tmp_path / "whole", tmp_path / "run")
+    finally:
+        torch.use_deterministic_algorithms(False)

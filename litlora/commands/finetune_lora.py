@@ -145,11 +145,13 @@ def fit(training: Training, stop: Stop) -> str | None:
         learning_rate=args.learning_rate, schedule=schedule, max_norm=args.max_norm, done=totals.step,
     )  # fmt: skip
     with stop, training.progress:
-        while not training.ended and not stop.reason:
+        while not training.ended:
             step = next(steps)
             totals.count(step)
             due = totals.step == len(job.plan) or totals.step % args.eval_interval == 0
             training.log(step, training.evaluate() if due else {})
+            if stop.reason:
+                break
             if totals.step % args.save_interval == 0:
                 training.save()
         training.save()

@@ -66,7 +66,10 @@ def check_resume(checkpoint: TrainingCheckpoint, now: Conditions, *, override: b
             "flags that change the maths of the run that is resumed",
             where=checkpoint.directory,
             got=_listed(fixed or maths),
-            fix=anew if fixed else "leave them as they were, or take them with --resume_override true",
+            fix=anew
+            if fixed
+            else "leave them as they were, take them with --resume_override true, or start again: "
+            "--overwrite true without --resume",
         )
     noted = {name: pair for name, pair in changed.items() if name not in ("resume", "resume_override", "overwrite")}
     if noted:
