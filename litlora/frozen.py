@@ -7,7 +7,7 @@ Sizes: N tokens, I in, O out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -39,6 +39,17 @@ class FrozenLinear(nn.Module):
     def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
         """gradient (N, O) -> gradient W (N, I), as `mm`."""
         raise NotImplementedError
+
+    def prepare(self, x: Tensor) -> Any:
+        """What `mm` takes for x, so that linears of one format that read the same x round it once."""
+        return x
+
+    def sum_mm_t(self, others: Sequence[FrozenLinear], gradients: Sequence[Tensor], add: Tensor | None) -> Tensor:
+        """The gradient (N, I) of what this linear and `others` read: the sum of each `mm_t`."""
+        for linear, gradient in zip((self, *others), gradients, strict=True):
+            add = linear.mm_t(gradient, add)
+        assert add is not None
+        return add
 
     def dense_weight(self) -> Tensor:
         """(O, I), as `mm` uses it."""
@@ -220,22 +231,41 @@ class Fp8Linear(FrozenLinear):
     def dense_weight(self) -> Tensor:
         return (self.weight.float() * self.scales[:, None]).to(self.dtype)
 
-    def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+    def prepare(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(x in fp8, the scales of its rows), where the card multiplies those."""
         if not self.products:
-            return _product(x, self.dense_weight().to(x.dtype).t(), add)
+            return x
         from litlora.ops import kernels
 
-        return _fp8_product(*kernels.quantize_rows(x), self.weight.t(), self.scales[None], x.dtype, add)
+        return kernels.quantize_rows([x])
+
+    def mm(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
+        if isinstance(x, Tensor):
+            if not self.products:
+                return _product(x, self.dense_weight().to(x.dtype).t(), add)
+            x = self.prepare(x)
+        rounded, rows = x
+        return _fp8_product(rounded, rows, self.weight.t(), self.scales[None], self.dtype, add)
 
     def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
-        if not self.products:
-            return _product(gradient, self.dense_weight().to(gradient.dtype), add)
+        return self.sum_mm_t((), (gradient,), add)
+
+    def sum_mm_t(self, others: Sequence[FrozenLinear], gradients: Sequence[Tensor], add: Tensor | None) -> Tensor:
+        linears = [self, *(other for other in others if isinstance(other, Fp8Linear))]
+        if len(linears) <= len(others) or not self.products:  # another format is among them, or none is multiplied
+            for linear, gradient in zip((self, *others), gradients, strict=True):
+                if isinstance(linear, Fp8Linear) and not linear.products:
+                    add = _product(gradient, linear.dense_weight().to(gradient.dtype), add)
+                else:
+                    add = linear.mm_t(gradient, add)
+            assert add is not None
+            return add
         from litlora.ops import kernels
 
-        rounded = kernels.quantize_rows(gradient, self.scales)
-        turned = kernels.transpose_bytes(self.weight).t()
-        ones = torch.ones(1, self.in_features, device=gradient.device)
-        return _fp8_product(*rounded, turned, ones, gradient.dtype, add)
+        rounded, rows = kernels.quantize_rows(gradients, [linear.scales for linear in linears])
+        turned = kernels.transpose_bytes([linear.weight for linear in linears]).t()
+        ones = torch.ones(1, self.in_features, device=gradients[0].device)
+        return _fp8_product(rounded, rows, turned, ones, gradients[0].dtype, add)
 
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn

@@ -86,6 +86,7 @@ class LoRALinear(nn.Module):
         self.in_features: int = base_layer.in_features  # type: ignore[assignment]
         self.out_features: int = base_layer.out_features  # type: ignore[assignment]
         self.r, self.scale, self.dropout = r, scale, dropout
+        self.key = 0  # the adapter's number in the model
         device = next(base_layer.parameters()).device
         # drawn on the CPU in fp32, so that a seed means the same adapter on every machine
         meta = device.type == "meta"
@@ -108,7 +109,7 @@ class LoRALinear(nn.Module):
         if base is None:
             return None
         dropout = self.dropout if self.training else 0.0
-        return Parts(base.frozen, self.lora_A.weight, self.lora_B.weight, self.scale, dropout)
+        return Parts(base.frozen, self.lora_A.weight, self.lora_B.weight, self.scale, dropout, self.key)
 
     def extra_repr(self) -> str:
         return f"r={self.r}, scale={self.scale:g}, dropout={self.dropout}"
@@ -128,8 +129,8 @@ def adapt(model: nn.Module, lora: LoRA, dtype: torch.dtype = torch.float32) -> l
     names = [name for name in linears(model) if lora.matches(name)]
     _require_matches(lora, names)
     model.requires_grad_(False)
-    for name in names:
-        wrap(model, name, lora.rank(name), lora.scale(name), lora.dropout, dtype)
+    for number, name in enumerate(names):
+        wrap(model, name, lora.rank(name), lora.scale(name), lora.dropout, dtype).key = number
     return names
 
 

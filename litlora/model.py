@@ -7,13 +7,14 @@ Sizes: N tokens, C hidden, H heads, K key/value heads, D head dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
-from litlora.ops import Ops
+from litlora.ops import Masks, Ops
 from litlora.sequences import Packed, Sequences, View
 
 if TYPE_CHECKING:
@@ -123,16 +124,29 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, sequences: Sequences) -> Tensor:
         """ids (N,) int64 -> (N, C)."""
+        masks = self.ops.masks
+        if masks is not None and self.training:
+            masks.begin()
         x = self.model.embed_tokens(ids)
         angles = sequences.positions[:, None].float() * self.inverse_frequencies  # (N, D/2), fp32: positions reach 1e5
         cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
         views = sequences.views(self.config.sliding_windows)
         for block, view in zip(self.model.layers, views, strict=True):
             if self.checkpoint_blocks and self.training:
-                x = torch.utils.checkpoint.checkpoint(block, x, cos, sin, view, use_reentrant=False)
+                x = recomputed(block, x, cos, sin, view, masks)
             else:
                 x = block(x, cos, sin, view)
         return self.model.norm(x)  # type: ignore[no-any-return]
+
+
+def recomputed(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, view: View, masks: Masks | None) -> Tensor:
+    """The block's output, keeping nothing but its input: the rest is worked out again in the backward pass."""
+    if masks is None:  # dropout draws from torch's generators, whose state is kept for the second time
+        return torch.utils.checkpoint.checkpoint(block, x, cos, sin, view, use_reentrant=False)  # type: ignore[no-any-return]
+    contexts = lambda: (nullcontext(), masks.recompute())  # noqa: E731
+    return torch.utils.checkpoint.checkpoint(  # type: ignore[no-any-return]
+        block, x, cos, sin, view, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+    )
 
 
 class CausalLoss(nn.Module):

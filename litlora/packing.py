@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,15 +35,22 @@ class Batch:
     def trained_tokens(self) -> int:
         return len(self.kept)
 
+    def pinned(self) -> Batch:
+        """In memory that a GPU copies from while the host goes on."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device; to a CUDA device through pinned memory, so that the copy overlaps the host's work."""
         device = torch.device(device)
 
         def move(tensor: Tensor) -> Tensor:
             if device.type == "cuda" and tensor.device.type == "cpu":
-                return tensor.pin_memory().to(device, non_blocking=True)
+                return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
             return tensor.to(device)
 
+        return self._map(move)
+
+    def _map(self, move: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
             input_ids=move(self.input_ids),
@@ -78,6 +85,29 @@ def collate(dataset: Dataset, indices: Sequence[int]) -> Batch:
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         max_seqlen=int(lengths.max()),
         rows=tuple(int(i) for i in indices),
+    )
+
+
+def pad(batch: Batch, tokens: int, kept: int, sequences: int) -> Batch:
+    """The batch with so many tokens, trained positions and sequences, none fewer than it has. What is added trains
+    nothing and is attended to by nobody: one sequence of tokens, the rest empty, and as positions the stream's last,
+    which never has a label.
+
+    Example: lengths 3 and 2 padded to 8 tokens and 4 sequences give cu_seqlens [0 3 5 8 8].
+    """
+    more = tokens - len(batch.input_ids)
+    bounds = [*batch.cu_seqlens.tolist(), *([tokens] if more else [])]
+    if more < 0 or len(batch.kept) > kept or len(bounds) > sequences + 1:
+        raise ValueError("a batch does not fit where it is to be padded to")
+    bounds += [tokens] * (sequences + 1 - len(bounds))
+    return Batch(
+        input_ids=torch.cat([batch.input_ids, torch.zeros(more, dtype=torch.int64)]),
+        labels=torch.cat([batch.labels, torch.full((more,), IGNORED)]),
+        kept=torch.cat([batch.kept, torch.full((kept - len(batch.kept),), tokens - 1)]),
+        positions=torch.cat([batch.positions, torch.arange(more)]),
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=max(batch.max_seqlen, more),
+        rows=batch.rows,
     )
 
 

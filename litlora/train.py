@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -19,6 +20,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
+from litlora.graphs import MicroStep, fastest_micro_step
 from litlora.packing import Batch
 from litlora.precision import RunPrecision
 
@@ -80,44 +82,65 @@ def train(
     `model` is the CausalLoss that fabric.setup gave back; `schedule` is the learning rate's factor by step from 0;
     `done` steps were taken before. A step without a trained token is skipped and not counted.
     """
-    number = done
-    for epoch, micro_batches in batches:
-        started = time.perf_counter()
-        trained = sum(batch.trained_tokens for batch in micro_batches)
-        if trained == 0:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    number, micro_step = done, fastest_micro_step(fabric, model, parameters)
+    started = time.perf_counter()
+    for work in _ahead(_Work.of(epoch, step, micro_step) for epoch, step in batches):
+        if work.trained == 0:
             continue
         rate = learning_rate * schedule(number)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, norm, bad_rows = _optimizer_step(fabric, model, optimizer, micro_batches, trained, max_norm)
+        loss, norm, bad_rows = _optimizer_step(fabric, model, optimizer, micro_step, work, max_norm)
         number += 1
-        tokens = sum(len(batch.input_ids) for batch in micro_batches)
         clipped = max_norm is not None and norm > max_norm and not bad_rows
         seconds = time.perf_counter() - started
-        yield Step(number, epoch, loss, rate, norm, clipped, tokens, trained, seconds, bad_rows)
+        yield Step(number, work.epoch, loss, rate, norm, clipped, work.tokens, work.trained, seconds, bad_rows)
+        started = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One optimizer step's micro-batches, prepared, and what they held before."""
+
+    epoch: int
+    micro_batches: Sequence[Batch]
+    tokens: int
+    trained: int
+
+    @classmethod
+    def of(cls, epoch: int, micro_batches: Sequence[Batch], micro_step: MicroStep) -> _Work:
+        tokens = sum(len(batch.input_ids) for batch in micro_batches)
+        trained = sum(batch.trained_tokens for batch in micro_batches)
+        return cls(epoch, [micro_step.prepare(batch) for batch in micro_batches], tokens, trained)
+
+
+def _ahead(items: Iterator[_Work]) -> Iterator[_Work]:
+    """The items, each worked out in another thread while the one before it is trained on."""
+    with ThreadPoolExecutor(1, "batches") as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 def _optimizer_step(
     fabric: Fabric,
     model: Any,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Batch],
-    trained: int,
+    micro_step: MicroStep,
+    work: _Work,
     max_norm: float | None,
 ) -> tuple[float, float, tuple[int, ...]]:
     """(mean loss, gradient norm before clipping, bad rows) of one step over all its micro-batches."""
     model.train()
-    losses: list[Tensor] = []
-    for index, batch in enumerate(micro_batches):
-        with fabric.no_backward_sync(model, enabled=index < len(micro_batches) - 1):
-            loss = model(batch.to(fabric.device))
-            fabric.backward(loss / trained)
-        losses.append(loss.detach())
+    losses = [micro_step(batch, work.trained) for batch in work.micro_batches]
     norm = _grad_norm(optimizer)
     total = losses[0]
     for loss in losses[1:]:
         total = total + loss
-    mean, size = torch.stack([(total / trained).float(), norm.float()]).tolist()  # the only wait for the card in a step
+    # the only wait for the card in a step
+    mean, size = torch.stack([(total / work.trained).float(), norm.float()]).tolist()
     bad_rows: tuple[int, ...] = ()
     if math.isfinite(mean) and math.isfinite(size):
         if max_norm is not None:
@@ -125,8 +148,8 @@ def _optimizer_step(
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         optimizer.step()
     else:
-        bad_rows = _bad_rows(fabric, model, optimizer, micro_batches, trained, losses)
-    optimizer.zero_grad(set_to_none=True)
+        bad_rows = _bad_rows(fabric.device, optimizer, micro_step, work, losses)
+    optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
     return mean, size, bad_rows
 
 
@@ -137,26 +160,25 @@ def _grad_norm(optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def _bad_rows(
-    fabric: Fabric,
-    model: Any,
+    device: torch.device,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[Batch],
-    trained: int,
+    micro_step: MicroStep,
+    work: _Work,
     losses: Sequence[Tensor],
 ) -> tuple[int, ...]:
     """The rows of the micro-batches whose loss is not finite; else of those whose gradient by itself is not; else all.
 
     Looks once more only after a bad step, with the random generators put back as they were.
     """
-    bad = [batch for batch, loss in zip(micro_batches, losses, strict=True) if not math.isfinite(loss.item())]
-    if not bad and len(micro_batches) > 1:
-        with undisturbed(fabric.device):
-            for batch in micro_batches:
-                optimizer.zero_grad(set_to_none=True)
-                fabric.backward(model(batch.to(fabric.device)) / trained)
+    bad = [batch for batch, loss in zip(work.micro_batches, losses, strict=True) if not math.isfinite(loss.item())]
+    if not bad and len(work.micro_batches) > 1:
+        with undisturbed(device):
+            for batch in work.micro_batches:
+                optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
+                micro_step(batch, work.trained)
                 if not math.isfinite(_grad_norm(optimizer).item()):
                     bad.append(batch)
-    return tuple(sorted(row for batch in bad or micro_batches for row in batch.rows))
+    return tuple(sorted(row for batch in bad or work.micro_batches for row in batch.rows))
 
 
 def undisturbed(device: torch.device) -> AbstractContextManager[None]:

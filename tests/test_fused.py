@@ -1,5 +1,5 @@
-"""The fused operations against the plain ones: outputs and gradients may be as far from fp32 as PyTorch's own are in the
-same dtype, no further. On a card in every dtype; without one in fp32 through Triton's interpreter, where Triton is
+"""The fused operations against the plain ones: outputs and gradients may be as far from fp32 as PyTorch's own are in
+the same dtype, no further. On a card in every dtype; without one in fp32 through Triton's interpreter, where Triton is
 installed (TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from litlora.sequences import Packed  # noqa: E402
 pytestmark = [pytest.mark.gpu] if CUDA else []
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if CUDA else [torch.float32]
-FUSED = Ops(**{name: getattr(fused, name) for name in Ops.__dataclass_fields__})
+FUSED, PLAIN = fused.table(DEVICE), Ops()
 SCALE = 2.0
 
 
@@ -39,8 +39,8 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) 
 
 def held(run: Callable[[Any, torch.dtype], Sequence[Tensor]], dtype: torch.dtype) -> None:
     """`run(ops, dtype)` gives outputs and gradients; the fused ones err no more than the plain ones do."""
-    truth = run(reference, torch.float32)
-    plain, ours = run(reference, dtype), run(fused, dtype)
+    truth = run(PLAIN, torch.float32)
+    plain, ours = run(PLAIN, dtype), run(FUSED, dtype)
     assert len(truth) == len(ours) > 1
     for number, (exact, theirs, mine) in enumerate(zip(truth, plain, ours, strict=True)):
         assert mine.shape == exact.shape
@@ -59,7 +59,14 @@ def backward(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor
 
 
 def linear(
-    size: int, out: int, r: int, dtype: torch.dtype, *, base: str | None = None, bias: bool = False, dropout: float = 0.0
+    size: int,
+    out: int,
+    r: int,
+    dtype: torch.dtype,
+    *,
+    base: str | None = None,
+    bias: bool = False,
+    dropout: float = 0.0,
 ) -> nn.Module:
     """A frozen linear of a format, adapted when r > 0; the same numbers for every dtype."""
     torch.manual_seed(size * 31 + out * 7 + r)
@@ -170,7 +177,7 @@ def test_linear_cross_entropy(r: int, chunk: int, dtype: torch.dtype, monkeypatc
 
 def test_nothing_labelled_is_a_zero_loss() -> None:
     x, head = random(5, 64).requires_grad_(), linear(64, 100, 4, torch.float32)
-    loss = fused.linear_cross_entropy(x[:0], head, torch.empty(0, dtype=torch.int64, device=DEVICE))
+    loss = FUSED.linear_cross_entropy(x[:0], head, torch.empty(0, dtype=torch.int64, device=DEVICE))
     assert loss.item() == 0
     loss.backward()
     assert x.grad is not None
@@ -183,28 +190,32 @@ def test_dropout_is_one_mask_an_adapter_the_same_forward_and_backward(ranks: tup
     torch.manual_seed(6)
     x = random(300, 128).requires_grad_()
     modules = [linear(128, out, r, dtype, dropout=p) for out, r in zip((64, 96), ranks, strict=True)]
-    state = torch.get_rng_state()
-    seed = fused.draw_seed([m.parts() for m in modules])  # type: ignore[operator]
-    masks = [kernels.dropped(torch.ones_like(x), seed, which, p).detach() for which in range(2)]
+    for number, module in enumerate(modules):
+        module.key = 5 + number  # type: ignore[assignment]
+    assert isinstance(FUSED.masks, fused.Masks)
+    FUSED.masks.begin()
+    seed = FUSED.masks.seed
+    masks = [kernels.dropped(torch.ones_like(x), seed, 5, which, p).detach() for which in range(2)]
     for mask in masks:
         assert sorted(mask.unique().tolist()) == pytest.approx([0.0, 1 / (1 - p)])
         assert abs((mask > 0).float().mean() - (1 - p)) < 0.01
         assert abs((mask > 0).float().mean(0) - (1 - p)).max() < 0.15, "a column is dropped oftener"
     together = ((masks[0] > 0) & (masks[1] > 0)).float().mean()
     assert abs(together - (1 - p) ** 2) < 0.01, "the two masks know of each other"
-    torch.set_rng_state(state)
-    ours = backward(fused.linears(x, modules), [x, *trained(*modules)])
+    ours = backward(FUSED.linears(x, modules), [x, *trained(*modules)])
     plain = []
     for module, mask in zip(modules, masks, strict=True):
         low = (x * mask) @ module.lora_A.weight.t() @ module.lora_B.weight.t()  # type: ignore[union-attr]
         plain.append(module.base_layer(x) + SCALE * low)  # type: ignore[operator]
     for mine, theirs in zip(ours, backward(plain, [x, *trained(*modules)]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-4)
-    again = fused.linears(x, modules)
-    assert not torch.equal(again[0], ours[0]), "two calls drew one mask"
+    assert torch.equal(FUSED.linears(x, modules)[0], ours[0])
+    FUSED.masks.begin()
+    again = FUSED.linears(x, modules)
+    assert not torch.equal(again[0], ours[0]), "two micro-batches drew one mask"
     for module in modules:
         module.eval()
-    assert torch.equal(fused.linears(x, modules)[0], fused.linears(x, modules)[0])
+    assert torch.equal(FUSED.linears(x, modules)[0], FUSED.linears(x, modules)[0])
 
 
 # ---------------------------------------------------------------- whole models
@@ -253,7 +264,9 @@ def loss_and_gradients(model: CausalLoss, decoder: Decoder, batch: Batch) -> tup
 
 
 def far(gradients: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    squares = [((g.float() - t.float()).norm() ** 2, t.float().norm() ** 2) for g, t in zip(gradients, truth, strict=True)]
+    squares = [
+        ((g.float() - t.float()).norm() ** 2, t.float().norm() ** 2) for g, t in zip(gradients, truth, strict=True)
+    ]
     return float((sum(s for s, _ in squares) / sum(t for _, t in squares)) ** 0.5)
 
 
@@ -261,21 +274,23 @@ EVERYTHING = tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), EVERYTHING, ("o_proj",), ("down_proj", "k_proj"), ("lm_head",)])
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "v_proj"), EVERYTHING, ("o_proj",), ("down_proj", "k_proj"), ("lm_head",)]
+)
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_whole_step_is_the_reference_step(family: str, targets: tuple[str, ...], checkpointed: bool) -> None:
     if family == "mistral" and CUDA and torch.__version__ < "2.10":
         pytest.skip("no windows in this torch's varlen attention")
     config, lora = config_of(**FAMILIES[family]), LoRA(8, 16, 0.0, targets)
     batch = batch_of([40, 1, 25, 60])
-    truth = loss_and_gradients(*model_of(Ops(), torch.float32, config, lora), batch)
+    truth = loss_and_gradients(*model_of(PLAIN, torch.float32, config, lora), batch)
     model, decoder = model_of(FUSED, torch.float32, config, lora)
     decoder.checkpoint_blocks = checkpointed
     loss, gradients = loss_and_gradients(model, decoder, batch)
     torch.testing.assert_close(loss, truth[0], rtol=1e-5, atol=0)
     assert far(gradients, truth[1]) < 1e-4
     if CUDA:
-        plain = loss_and_gradients(*model_of(Ops(), torch.bfloat16, config, lora), batch)
+        plain = loss_and_gradients(*model_of(PLAIN, torch.bfloat16, config, lora), batch)
         model, decoder = model_of(FUSED, torch.bfloat16, config, lora)
         decoder.checkpoint_blocks = checkpointed
         loss, gradients = loss_and_gradients(model, decoder, batch)
@@ -299,7 +314,7 @@ def test_recomputed_blocks_give_the_same_bits(quantize: str | None, dropout: flo
 
 def test_a_model_that_trains_its_own_weights_takes_the_plain_operations() -> None:
     results = []
-    for ops in (Ops(), FUSED):
+    for ops in (PLAIN, FUSED):
         torch.manual_seed(0)
         decoder = Decoder(config_of(), ops).to(DEVICE)
         loss = CausalLoss(decoder)(batch_of([20, 9]))
@@ -313,9 +328,9 @@ if CUDA:  # what the interpreter has no notion of
     def test_mixed_precision_is_the_plain_operations_mixed_precision() -> None:
         config, batch = config_of(), batch_of([40, 25])
         lora = LoRA(8, 16, 0.0, EVERYTHING)
-        truth = loss_and_gradients(*model_of(Ops(), torch.float32, config, lora), batch)
+        truth = loss_and_gradients(*model_of(PLAIN, torch.float32, config, lora), batch)
         found = []
-        for ops in (Ops(), FUSED):
+        for ops in (PLAIN, FUSED):
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 found.append(loss_and_gradients(*model_of(ops, torch.float32, config, lora), batch))
         (plain_loss, plain), (loss, gradients) = found

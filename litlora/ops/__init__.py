@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from litlora.ops import reference
+
+
+class Masks(Protocol):
+    """Where dropout masks come from that are not torch's."""
+
+    def begin(self) -> None:
+        """New masks for the forward pass that starts."""
+        ...
+
+    def renew(self) -> None:
+        """New masks for the replay of a captured graph."""
+        ...
+
+    def recompute(self) -> AbstractContextManager[None]:
+        """Inside it a block is run again for its backward pass only: its output may be anything."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,6 +40,7 @@ class Ops:
     linear_add: Callable[[Tensor, Tensor, nn.Module], Tensor] = reference.linear_add
     mlp: Callable[[Tensor, Tensor, nn.Module, nn.Module, nn.Module], Tensor] = reference.mlp
     linear_cross_entropy: Callable[[Tensor, nn.Module, Tensor], Tensor] = reference.linear_cross_entropy
+    masks: Masks | None = None  # None: dropout draws from torch's generators
 
 
 def fastest(device: torch.device) -> tuple[Ops, str | None]:
@@ -34,4 +53,4 @@ def fastest(device: torch.device) -> tuple[Ops, str | None]:
         from litlora.ops import fused
     except ImportError as error:  # Windows, or a torch built without it
         return Ops(), f"Triton does not load ({error})"
-    return Ops(**{name: getattr(fused, name) for name in Ops.__dataclass_fields__}), None
+    return fused.table(device), None

@@ -8,16 +8,19 @@ Sizes: N tokens, C hidden, F ffn, H heads, D head dim, V vocabulary, R rank, I i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from litlora.ops import kernels, reference
+from litlora.ops import Ops, kernels, reference
 from litlora.ops.parts import Parts, parts_of
 
+MOST_ADAPTERS = 1000  # of a model, so that the keys of chunks do not meet
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -40,12 +43,14 @@ class Group:
     The A of all are one matrix (ΣR, I), so that x is read once for them; the scale is folded into B.
     """
 
-    def __init__(self, parts: Sequence[Parts], seed: int, factors: Sequence[Tensor]) -> None:
-        """`factors`: what `cast` made of the parts."""
+    def __init__(self, parts: Sequence[Parts], seed: Tensor, factors: Sequence[Tensor], chunk: int = 0) -> None:
+        """`factors`: what `cast` made of the parts; a `chunk` of the stream has dropout masks of its own."""
         self.parts, self.seed = parts, seed
         self.adapted = [(index, p) for index, p in enumerate(parts) if p.A is not None]
         self.dropout = self.adapted[0][1].dropout if self.adapted else 0.0
-        self.a, self.b = (factors[0], factors[1:]) if factors else (None, ())
+        self.a: Tensor | None = factors[0] if factors else None
+        self.b: Sequence[Tensor] = factors[1:]
+        self.key = (self.adapted[0][1].key if self.adapted else 0) + MOST_ADAPTERS * chunk
         self.ranks = [b.shape[1] for b in self.b]
         self.together = len(set(self.ranks)) == 1 and self.ranks[0] <= kernels.LARGEST_RANK
 
@@ -69,84 +74,148 @@ class Group:
         if not self.dropout:
             return x @ self.a.t()
         if self.together:
-            return kernels.dropped_down(x, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.dropout)
+            return kernels.dropped_down(
+                x, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.key, self.dropout
+            )
         pairs = enumerate(self.a.split(self.ranks))
-        return torch.cat([kernels.dropped(x, self.seed, which, self.dropout) @ a.t() for which, a in pairs], dim=1)
+        return torch.cat(
+            [kernels.dropped(x, self.seed, self.key, which, self.dropout) @ a.t() for which, a in pairs], dim=1
+        )
 
     def up(self, x: Tensor, z: Tensor | None, base: Tensor | None = None) -> list[Tensor]:
-        """The outputs (N, O), each on top of `base` (which is kept) where given."""
-        low = dict(zip((index for index, _ in self.adapted), zip(self._split(z), self.b, strict=True), strict=True)) if z is not None else {}  # noqa: E501
-        return [self._one(p, x, *low.get(index, (None, None)), base) for index, p in enumerate(self.parts)]
+        """The outputs (N, O), each on top of `base` (which is kept); without z, of the frozen weights only."""
+        pairs = zip(self._split(z), self.b, strict=True) if z is not None else ()
+        low = {index: pair for (index, _), pair in zip(self.adapted, pairs, strict=False)}
+        prepared: dict[type, Any] = {}  # by format: x is rounded once for all linears of one
+        for p in self.parts:
+            if type(p.frozen) not in prepared:
+                prepared[type(p.frozen)] = p.frozen.prepare(x)
+        return [_output(p, prepared[type(p.frozen)], low.get(index), base) for index, p in enumerate(self.parts)]
 
-    def _one(self, p: Parts, x: Tensor, z: Tensor | None, b: Tensor | None, base: Tensor | None) -> Tensor:
-        y: Tensor | None = None
-        if not p.frozen.accumulates:  # the product first, the rest on top of it
-            y = p.frozen.mm(x)
-            if base is not None:
-                y = y.add_(base)
-            if z is not None and b is not None:
-                y = _low_rank(z, b, y, y)
-        else:
-            if z is not None and b is not None:
-                y = z @ b.t() if base is None else _low_rank(z, b, base, None)
-            elif base is not None:
-                y = base.clone()
-            y = p.frozen.mm(x, y)
-        return y if p.frozen.bias is None else y.add_(p.frozen.bias.to(y.dtype))
+    def lows(self, z: Tensor | None) -> list[kernels.Low | None] | None:
+        """What `up` would add to each product, for a kernel that adds it itself; None where a rank is too large."""
+        if z is None or max(self.ranks) > kernels.LARGEST_RANK:
+            return None
+        found: list[kernels.Low | None] = [None] * len(self.parts)
+        for (index, _), pair in zip(self.adapted, zip(self._split(z), self.b, strict=True), strict=True):
+            found[index] = pair
+        return found
 
-    def backward(
-        self, x: Tensor | None, z: Tensor | None, dys: Sequence[Tensor], *, need_x: bool
+    def gradients(
+        self, x: Tensor | None, z: Tensor | None, dys: Sequence[Tensor]
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """dx (N, I) and the gradients of A and B of each linear in turn, fp32. `x` may be None where none is adapted."""
-        gradients: list[Tensor | None] = [None] * (2 * len(self.parts))
-        dx: Tensor | None = None
-        if z is not None and x is not None and self.a is not None:
-            dz = torch.empty_like(z)
-            pairs = zip(self.adapted, self._split(dz), self._split(z), self.b, strict=True)
-            for (index, p), part, low, b in pairs:
-                torch.mm(dys[index], b, out=part)
-                gradients[2 * index + 1] = fp32_mm(dys[index].t(), low) * p.scale
-            for (index, _), gradient in zip(self.adapted, self._top_gradients(dz, x), strict=True):
-                gradients[2 * index] = gradient
-            if need_x:
-                dx = self._low_rank_dx(dz)
-        if need_x:
-            for p, dy in zip(self.parts, dys, strict=True):
-                dx = p.frozen.mm_t(dy, dx)
-        return dx, gradients
+        """dz (N, ΣR), and the gradients of A and B of each linear in turn, fp32. x and z are None where none is
+        adapted."""
+        found: list[Tensor | None] = [None] * (2 * len(self.parts))
+        if z is None or x is None:
+            return None, found
+        dz = torch.empty_like(z)
+        for (index, p), part, low, b in zip(self.adapted, self._split(dz), self._split(z), self.b, strict=True):
+            torch.mm(dys[index], b, out=part)
+            found[2 * index + 1] = fp32_mm(dys[index].t(), low) * p.scale
+        for (index, _), gradient in zip(self.adapted, self._top_gradients(dz, x), strict=True):
+            found[2 * index] = gradient
+        return dz, found
+
+    def dx(self, dz: Tensor | None, dys: Sequence[Tensor]) -> Tensor:
+        """The gradient (N, I) of x; that of the frozen weights only where `dz` is None."""
+        first, *others = (p.frozen for p in self.parts)
+        if dz is None:
+            return first.sum_mm_t(others, dys, None)
+        if first.accumulates:
+            return first.sum_mm_t(others, dys, self._low_rank_dx(dz))
+        dx = first.sum_mm_t(others, dys, None)
+        if self.a is None or self.dropout:
+            return dx.add_(self._low_rank_dx(dz))
+        return _low_rank(dz, self.a.t(), dx, dx)
+
+    def low_dx(self, dz: Tensor | None) -> kernels.Low | None:
+        """What the adapters add to `dx`, for a kernel that adds it itself; None where that is not one product."""
+        if dz is None or self.a is None or self.dropout or len(self.a) > kernels.LARGEST_RANK:
+            return None
+        return dz, self.a
 
     def _top_gradients(self, dz: Tensor, x: Tensor) -> Sequence[Tensor]:
         if not self.dropout:
-            return fp32_mm(dz.t(), x).split(self.ranks)
+            return list(fp32_mm(dz.t(), x).split(self.ranks))
         if self.together:
-            return kernels.dropped_a(dz, x, self.seed, self.dropout, len(self.ranks)).unbind()
+            return kernels.dropped_a(dz, x, self.seed, self.key, self.dropout, len(self.ranks)).unbind()
         parts = enumerate(self._split(dz))
-        return [fp32_mm(part.t(), kernels.dropped(x, self.seed, which, self.dropout)) for which, part in parts]
+        return [
+            fp32_mm(part.t(), kernels.dropped(x, self.seed, self.key, which, self.dropout)) for which, part in parts
+        ]
 
     def _low_rank_dx(self, dz: Tensor) -> Tensor:
         assert self.a is not None
         if not self.dropout:
             return dz @ self.a
         if self.together:
-            return kernels.dropped_up(dz, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.dropout)
+            return kernels.dropped_up(
+                dz, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.key, self.dropout
+            )
         parts = enumerate(zip(self._split(dz), self.a.split(self.ranks), strict=True))
-        pieces = [kernels.dropped(part @ a, self.seed, which, self.dropout) for which, (part, a) in parts]
+        pieces = [kernels.dropped(part @ a, self.seed, self.key, which, self.dropout) for which, (part, a) in parts]
         return torch.stack(pieces).sum(0)
 
 
-def _low_rank(z: Tensor, b: Tensor, base: Tensor, out: Tensor | None) -> Tensor:
+def _output(p: Parts, x: Any, low: kernels.Low | None, base: Tensor | None) -> Tensor:
+    """x Wᵀ + bias + z bᵀ + base, x as prepared."""
+    y: Tensor | None = None
+    if p.frozen.accumulates:  # what is cheap first: the product adds itself to it
+        if low is not None:
+            y = low[0] @ low[1].t() if base is None else _low_rank(*low, base)
+        elif base is not None:
+            y = base.clone()
+        y = p.frozen.mm(x, y)
+    else:
+        y = p.frozen.mm(x)
+        if low is not None:
+            y = _low_rank(*low, y, y, base)
+        elif base is not None:
+            y = y.add_(base)
+    return y if p.frozen.bias is None else y.add_(p.frozen.bias.to(y.dtype))
+
+
+def _low_rank(z: Tensor, b: Tensor, base: Tensor, out: Tensor | None = None, also: Tensor | None = None) -> Tensor:
+    """base + also + z bᵀ, into `out` (base itself) where given."""
     if b.shape[1] <= kernels.LARGEST_RANK:
-        return kernels.low_rank_add(z, b, base, out)
-    return torch.addmm(base, z, b.t()) if out is None else torch.addmm(out, z, b.t(), out=out)
+        return kernels.low_rank_add(z, b, base, out, also)
+    y = torch.addmm(base, z, b.t()) if out is None else torch.addmm(out, z, b.t(), out=out)
+    return y if also is None else y.add_(also)
 
 
 def factors(parts: Sequence[Parts]) -> list[Tensor | None]:
     return [side for p in parts for side in (p.A, p.B)]
 
 
-def draw_seed(parts: Sequence[Parts]) -> int:
-    """Of the dropout masks, from torch's CPU generator: seeded, saved and restored as every other random number."""
-    return int(torch.randint(2**31, ())) if any(p.dropout for p in parts) else 0
+class Masks:
+    """The seed of a micro-batch's dropout masks, on the card. It is drawn from torch's CPU generator, which is seeded,
+    saved and restored like every other; a recomputed block finds the seed of its forward pass."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self.recomputing = False
+
+    def begin(self) -> None:
+        """New masks, in a tensor of its own: a loss that still waits for its backward pass keeps the old ones."""
+        if not (self.seed.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.seed = torch.full_like(self.seed, self.draw())
+
+    def renew(self) -> None:
+        """New masks in the same tensor, where a captured graph reads it."""
+        self.seed.fill_(self.draw())
+
+    @contextmanager
+    def recompute(self) -> Iterator[None]:
+        self.recomputing = True
+        try:
+            yield
+        finally:
+            self.recomputing = False
+
+    @staticmethod
+    def draw() -> int:
+        return int(torch.randint(kernels.SEEDS, ()))
 
 
 def _cast(gradients: Sequence[Tensor | None], parts: Sequence[Parts]) -> list[Tensor | None]:
@@ -159,7 +228,7 @@ def _usable(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Parts, ...] | None
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: tuple[Parts, ...], seed: int, *_factors: Tensor | None) -> Any:
+    def forward(ctx: Any, x: Tensor, parts: tuple[Parts, ...], seed: Tensor, *_factors: Tensor | None) -> Any:
         cast = Group.cast(parts, x.dtype)
         group = Group(parts, seed, cast)
         z = group.down(x)
@@ -168,25 +237,29 @@ class _Linears(torch.autograd.Function):
         return tuple(group.up(x, z))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> Any:
         x, z, *cast = ctx.saved_tensors
         dys = tuple(dy.contiguous() for dy in dys)
-        dx, gradients = Group(ctx.parts, ctx.seed, cast).backward(x, z, dys, need_x=ctx.needs_input_grad[0])
+        group = Group(ctx.parts, ctx.seed, cast)
+        dz, gradients = group.gradients(x, z, dys)
+        dx = group.dx(dz, dys) if ctx.needs_input_grad[0] else None
         return dx, None, None, *_cast(gradients, ctx.parts)
 
 
-def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+def linears(masks: Masks, x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     parts = _usable(x, modules)
     if parts is None:
         return reference.linears(x, modules)
     x = x.to(product_dtype(x))
-    return _Linears.apply(x, parts, draw_seed(parts), *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+    return _Linears.apply(x, parts, masks.seed, *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _LinearAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, parts: tuple[Parts, ...], seed: int, *_factors: Any) -> Tensor:
+    def forward(
+        ctx: Any, residual: Tensor, x: Tensor, parts: tuple[Parts, ...], seed: Tensor, *_factors: Any
+    ) -> Tensor:
         cast = Group.cast(parts, x.dtype)
         group = Group(parts, seed, cast)
         z = group.down(x)
@@ -195,11 +268,13 @@ class _LinearAdd(torch.autograd.Function):
         return _on_top(group, x, z, residual)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> Any:
         x, z, *cast = ctx.saved_tensors
         dy = dys[0].contiguous().to(ctx.dtype)
-        dx, gradients = Group(ctx.parts, ctx.seed, cast).backward(x, z, [dy], need_x=ctx.needs_input_grad[1])
+        group = Group(ctx.parts, ctx.seed, cast)
+        dz, gradients = group.gradients(x, z, [dy])
+        dx = group.dx(dz, [dy]) if ctx.needs_input_grad[1] else None
         return dys[0], dx, None, None, *_cast(gradients, ctx.parts)
 
 
@@ -210,12 +285,12 @@ def _on_top(group: Group, x: Tensor, z: Tensor | None, residual: Tensor) -> Tens
     return residual + group.up(x, z)[0]
 
 
-def linear_add(residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
+def linear_add(masks: Masks, residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
     parts = _usable(x, [linear])
     if parts is None:
         return reference.linear_add(residual, x, linear)
     x = x.to(product_dtype(x))
-    return _LinearAdd.apply(residual, x, parts, draw_seed(parts), *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+    return _LinearAdd.apply(residual, x, parts, masks.seed, *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
 
 
 # ---------------------------------------------------------------- MLP
@@ -223,37 +298,48 @@ def linear_add(residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
 
 class _MLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, parts: tuple[Parts, ...], seed: int, *_factors: Any) -> Tensor:
+    def forward(
+        ctx: Any, residual: Tensor, x: Tensor, parts: tuple[Parts, ...], masks: Masks, *_factors: Any
+    ) -> Tensor:
+        seed = masks.seed
         casts = Group.cast(parts[:2], x.dtype), Group.cast(parts[2:], x.dtype)
-        inner, outer = Group(parts[:2], seed, casts[0]), Group(parts[2:], seed + 1, casts[1])
+        inner, outer = Group(parts[:2], seed, casts[0]), Group(parts[2:], seed, casts[1])
         z = inner.down(x)
-        gate, up = inner.up(x, z)
-        hidden = kernels.swiglu(gate, up)
+        lows = inner.lows(z)
+        gate, up = inner.up(x, z if lows is None else None)
+        low_gate, low_up = lows or (None, None)
+        hidden = kernels.swiglu(gate, up, low_gate, low_up)
         z_outer = outer.down(hidden)
         kept = hidden if z_outer is not None else None
         ctx.parts, ctx.seed, ctx.split = parts, seed, len(casts[0])
         ctx.save_for_backward(x if z is not None else None, z, gate, up, kept, z_outer, *casts[0], *casts[1])
+        if masks.recomputing:  # a block's last product, which nothing of its backward pass reads
+            return torch.empty_like(residual)
         return _on_top(outer, hidden, z_outer, residual)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> Any:
         x, z, gate, up, hidden, z_outer, *cast = ctx.saved_tensors
         inner = Group(ctx.parts[:2], ctx.seed, cast[: ctx.split])
-        outer = Group(ctx.parts[2:], ctx.seed + 1, cast[ctx.split :])
+        outer = Group(ctx.parts[2:], ctx.seed, cast[ctx.split :])
         dy = dys[0].contiguous().to(gate.dtype)
-        d_hidden, last = outer.backward(hidden, z_outer, [dy], need_x=True)
-        d_gate, d_up = kernels.swiglu_backward(d_hidden, gate, up)
-        dx, first = inner.backward(x, z, [d_gate, d_up], need_x=ctx.needs_input_grad[1])
+        dz_outer, last = outer.gradients(hidden, z_outer, [dy])
+        low = outer.low_dx(dz_outer)
+        d_hidden = outer.dx(dz_outer if low is None else None, [dy])
+        low_gate, low_up = inner.lows(z) or (None, None)
+        d_gate, d_up = kernels.swiglu_backward(d_hidden, gate, up, low_gate, low_up, low)
+        dz, first = inner.gradients(x, z, [d_gate, d_up])
+        dx = inner.dx(dz, [d_gate, d_up]) if ctx.needs_input_grad[1] else None
         return dys[0], dx, None, None, *_cast([*first, *last], ctx.parts)
 
 
-def mlp(residual: Tensor, x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
+def mlp(masks: Masks, residual: Tensor, x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
     parts = _usable(x, [gate, up, down])
     if parts is None:
         return reference.mlp(residual, x, gate, up, down)
     x = x.to(product_dtype(x))
-    return _MLP.apply(residual, x, parts, draw_seed(parts), *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+    return _MLP.apply(residual, x, parts, masks, *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
 
 
 # ---------------------------------------------------------------- norms, rotary embedding
@@ -267,7 +353,7 @@ class _ResidualNorm(torch.autograd.Function):
         return x, y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
         past, dy = gradients
@@ -282,7 +368,7 @@ class _Norm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
         return kernels.rms_norm_backward(dys[0].contiguous(), x, weight, rstd, None), None, None
@@ -312,7 +398,7 @@ class _Rope(torch.autograd.Function):
         return kernels.rope(q.contiguous(), k.contiguous(), cos, sin)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         dq, dk = (gradient.contiguous() for gradient in gradients)
@@ -322,7 +408,7 @@ class _Rope(torch.autograd.Function):
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     if q.dtype not in DTYPES:
         return reference.rope(q, k, cos, sin)
-    return _Rope.apply(q, k, cos.contiguous(), sin.contiguous())  # type: ignore[no-any-return,no-untyped-call]
+    return _Rope.apply(q, k, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
 
 
 # ---------------------------------------------------------------- the head and its loss
@@ -332,7 +418,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The gradient is worked out along with the loss, chunk by chunk, so that no logits are kept or made twice."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, labels: Tensor, parts: tuple[Parts, ...], seed: int, *_factors: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, labels: Tensor, parts: tuple[Parts, ...], seed: Tensor, *_factors: Any) -> Tensor:
         ctx.parts, cast = parts, Group.cast(parts, x.dtype)
         needed = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:])
         rows = max(1, reference.LOGITS_BYTES // (x.element_size() * parts[0].frozen.out_features))
@@ -340,30 +426,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None, None]
         for start in range(0, len(x), rows):
-            group = Group(parts, seed + start, cast)
+            group = Group(parts, seed, cast, start // rows)
             piece = x[start : start + rows]
             z = group.down(piece)
             (logits,) = group.up(piece, z)
             losses = kernels.cross_entropy(logits, labels[start : start + rows], gradient=needed)
             total += losses.sum()
             if needed:
-                part, gradients = group.backward(piece, z, [logits], need_x=dx is not None)
-                sums = [new if old is None else old + new if new is not None else old for old, new in zip(sums, gradients, strict=True)]  # noqa: E501
-                if dx is not None and part is not None:
-                    dx[start : start + rows] = part
+                dz, gradients = group.gradients(piece, z, [logits])
+                sums = [
+                    new if old is None else old + new if new is not None else old
+                    for old, new in zip(sums, gradients, strict=True)
+                ]
+                if dx is not None:
+                    dx[start : start + rows] = group.dx(dz, [logits])
         ctx.save_for_backward(dx, *sums)
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         dx, *sums = (None if saved is None else saved * gradients[0] for saved in ctx.saved_tensors)
         return dx, None, None, None, *_cast(sums, ctx.parts)
 
 
-def linear_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
+def linear_cross_entropy(masks: Masks, x: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
     parts = _usable(x, [head])
     if parts is None:
         return reference.linear_cross_entropy(x, head, labels)
     x = x.to(product_dtype(x))
-    return _LinearCrossEntropy.apply(x, labels, parts, draw_seed(parts), *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+    return _LinearCrossEntropy.apply(x, labels, parts, masks.seed, *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+
+
+def table(device: torch.device) -> Ops:
+    masks = Masks(device)
+    return Ops(
+        rms_norm=rms_norm,
+        residual_norm=residual_norm,
+        rope=rope,
+        linears=partial(linears, masks),
+        linear_add=partial(linear_add, masks),
+        mlp=partial(mlp, masks),
+        linear_cross_entropy=partial(linear_cross_entropy, masks),
+        masks=masks,
+    )

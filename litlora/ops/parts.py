@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -26,12 +26,16 @@ class FrozenMatrix(Protocol):
         """Whether `add` costs nothing: the product's own epilogue reads it."""
         ...
 
-    def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        """x (N, I) -> x Wᵀ (N, O); into `add`, added to what it holds, where given."""
+    def prepare(self, x: Tensor) -> Any:
+        """What `mm` takes for x (N, I)."""
         ...
 
-    def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
-        """gradient (N, O) -> gradient W (N, I), as `mm`."""
+    def mm(self, x: Any, add: Tensor | None = None) -> Tensor:
+        """x Wᵀ (N, O); into `add`, added to what it holds, where given."""
+        ...
+
+    def sum_mm_t(self, others: Sequence[Any], gradients: Sequence[Tensor], add: Tensor | None) -> Tensor:
+        """gradients (N, O_j) -> the sum of gradient_j W_j (N, I) over this one and `others`; into `add` as `mm`."""
         ...
 
 
@@ -44,6 +48,7 @@ class Parts:
     B: Tensor | None = None  # (O, R)
     scale: float = 1.0
     dropout: float = 0.0  # as in use: 0 outside of training
+    key: int = 0  # which adapter of the model: its own dropout masks under the common seed
 
 
 def parts_of(linears: Sequence[nn.Module]) -> tuple[Parts, ...] | None:

@@ -1,0 +1,169 @@
+"""Micro-batches as captured CUDA graphs: thousands of launches become one, so that the card never waits for the host.
+
+A graph holds fixed shapes. A micro-batch is padded up to one of a few lengths by tokens that belong to nobody (about
+1 % of it), and each length used is captured once, all in one memory pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from litlora.ops import Masks
+from litlora.packing import Batch, pad
+
+
+class Launcher(Protocol):
+    """What is used of Lightning's Fabric."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def backward(self, tensor: Tensor) -> None: ...
+
+
+class MicroStep(Protocol):
+    """Forward and backward of one micro-batch."""
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether the gradients must stay the tensors that they are: zero them, do not drop them."""
+        ...
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The host's part, which may be done beforehand and in another thread."""
+        ...
+
+    def __call__(self, batch: Batch, trained: int) -> Tensor:
+        """The loss sum, detached, of a prepared batch; its gradient over `trained` tokens is added to what the
+        parameters hold."""
+        ...
+
+
+STEPS = 64  # lengths between a power of two and the next: what padding may waste is a 64th
+LEAST = 32  # tokens between two lengths
+
+
+class Eager:
+    """Operation by operation."""
+
+    keeps_gradients = False
+
+    def __init__(self, fabric: Launcher, model: nn.Module) -> None:
+        self.fabric, self.model = fabric, model
+
+    def prepare(self, batch: Batch) -> Batch:
+        return batch.pinned() if self.fabric.device.type == "cuda" else batch
+
+    def __call__(self, batch: Batch, trained: int) -> Tensor:
+        loss: Tensor = self.model(batch.to(self.fabric.device))
+        self.fabric.backward(loss / trained)
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a graph is captured for. The same micro-batch always gives the same one, whatever ran before."""
+
+    tokens: int
+    kept: int
+    sequences: int
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> Shape:
+        tokens = len(batch.input_ids)
+        step = max(LEAST, (1 << (tokens - 1).bit_length()) // (2 * STEPS))
+        size = _up(tokens, step)
+        longest = 1 << (max(128, step, batch.max_seqlen) - 1).bit_length()
+        kept = _up(len(batch.kept), max(LEAST, size // 8))
+        return cls(size, min(size, kept), _up(len(batch.rows) + 1, 32), longest)
+
+    def pad(self, batch: Batch) -> Batch:
+        """To just this shape."""
+        return pad(batch, self.tokens, self.kept, self.sequences)
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+class Captured:
+    """One launch a micro-batch."""
+
+    keeps_gradients = True
+
+    def __init__(self, fabric: Launcher, model: nn.Module, masks: Masks, parameters: list[nn.Parameter]) -> None:
+        self.fabric, self.model, self.masks, self.parameters = fabric, model, masks, parameters
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.graphs: dict[Shape, _Graph] = {}
+
+    def prepare(self, batch: Batch) -> Batch:
+        return Shape.of(batch).pad(batch).pinned()
+
+    def __call__(self, batch: Batch, trained: int) -> Tensor:
+        shape = Shape.of(batch)  # of a padded batch, its own
+        graph = self.graphs.get(shape)
+        if graph is None:
+            if not self.graphs:
+                self._warm_up()
+            graph = self.graphs[shape] = _Graph(self, shape)
+        self.masks.renew()
+        return graph.replay(batch, trained)
+
+    def _warm_up(self) -> None:
+        """A tiny micro-batch, so that kernels are compiled and libraries have started before anything is captured."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        state = torch.get_rng_state()
+        ids = torch.zeros(LEAST, dtype=torch.int64)
+        bounds = torch.tensor([0, LEAST], dtype=torch.int32)
+        tiny = Batch(ids, ids, torch.arange(LEAST - 1), torch.arange(LEAST), bounds, LEAST, (0,))
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # the one of the captures: a stream has a workspace of its own
+            Eager(self.fabric, self.model)(tiny, 1)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        torch._foreach_zero_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        torch.set_rng_state(state)
+
+
+def fastest_micro_step(fabric: Launcher, model: nn.Module, parameters: list[nn.Parameter]) -> MicroStep:
+    """How `model`, a CausalLoss, goes through a micro-batch: captured where the fused operations run."""
+    masks = model.decoder.ops.masks  # type: ignore[union-attr]
+    return Eager(fabric, model) if masks is None else Captured(fabric, model, masks, parameters)  # type: ignore[arg-type]
+
+
+class _Graph:
+    def __init__(self, owner: Captured, shape: Shape) -> None:
+        self.shape, device = shape, owner.fabric.device
+
+        def empty(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.batch = Batch(
+            input_ids=empty(shape.tokens),
+            labels=empty(shape.tokens),
+            kept=empty(shape.kept),
+            positions=empty(shape.tokens),
+            cu_seqlens=empty(shape.sequences + 1, dtype=torch.int32),
+            max_seqlen=shape.max_seqlen,
+            rows=(),
+        )
+        self.scale = torch.ones((), device=device)
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph, pool=owner.pool, stream=owner.stream):
+            loss = owner.model(self.batch)
+            owner.fabric.backward(loss * self.scale)
+            self.loss: Any = loss.detach()
+
+    def replay(self, batch: Batch, trained: int) -> Tensor:
+        for name in ("input_ids", "labels", "kept", "positions", "cu_seqlens"):
+            getattr(self.batch, name).copy_(getattr(batch, name), non_blocking=True)
+        self.scale.fill_(1 / trained)
+        self.graph.replay()
+        return self.loss.clone()  # type: ignore[no-any-return]

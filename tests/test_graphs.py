@@ -1,0 +1,144 @@
+"""Padding to a graph's shape changes nothing; captured micro-batches are the eager ones."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from litlora.config import ModelConfig
+from litlora.frozen import make_quantizer
+from litlora.graphs import Captured, Eager, Shape
+from litlora.load import RandomWeights, load_model
+from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules, lora_parameters
+from litlora.model import CausalLoss
+from litlora.ops import Ops, fastest
+from litlora.packing import IGNORED, Batch, pad
+from litlora.sequences import Packed
+
+CONFIG = ModelConfig.from_dict(
+    {"model_type": "llama", "vocab_size": 300, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+     "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+)  # fmt: skip
+
+
+class Plain:
+    """What is used of Fabric."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def batch_of(lengths: list[int], seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    packed, total = Packed.of_lengths(lengths), sum(lengths)
+    ids = torch.randint(0, 300, (total,), generator=generator)
+    labels = torch.randint(0, 300, (total,), generator=generator)
+    labels[packed.cu_seqlens[1:].long() - 1] = IGNORED
+    labels[torch.rand(total, generator=generator) < 0.3] = IGNORED
+    kept = (labels != IGNORED).nonzero().squeeze(1)
+    return Batch(ids, labels, kept, packed.positions, packed.cu_seqlens, packed.max_seqlen, tuple(range(len(lengths))))
+
+
+def model_of(
+    device: str, dtype: torch.dtype, ops: Ops, dropout: float = 0.0, quantize: str | None = None
+) -> CausalLoss:
+    quantizer = make_quantizer(quantize, dtype, torch.device(device))
+    decoder = load_model(RandomWeights(CONFIG, dtype), quantizer, dtype=dtype, device=device, ops=ops)
+    torch.manual_seed(1)
+    adapt(decoder, LoRA(8, 16, dropout, tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)))
+    with torch.no_grad():
+        for module in lora_modules(decoder).values():
+            module.lora_B.weight.normal_(std=0.05)
+    return CausalLoss(decoder).train()
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=9), more=st.integers(0, 40), empty=st.integers(1, 5))
+def test_padding_adds_what_nobody_sees(lengths: list[int], more: int, empty: int) -> None:
+    batch = batch_of(lengths)
+    tokens, kept, sequences = len(batch.input_ids) + more, len(batch.kept) + more, len(lengths) + empty
+    padded = pad(batch, tokens, kept, sequences)
+    assert [len(padded.input_ids), len(padded.kept), len(padded.cu_seqlens)] == [tokens, kept, sequences + 1]
+    assert torch.equal(padded.input_ids[: len(batch.input_ids)], batch.input_ids)
+    assert (padded.labels[padded.kept[len(batch.kept) :]] == IGNORED).all()
+    assert (padded.cu_seqlens.diff() >= 0).all()
+    assert padded.cu_seqlens[-1] == tokens
+    assert padded.max_seqlen == padded.cu_seqlens.diff().max()
+    shape = Shape.of(batch)
+    assert shape.tokens >= len(batch.input_ids)
+    assert shape.tokens - len(batch.input_ids) <= max(31, len(batch.input_ids) // 64)
+    assert Shape.of(shape.pad(batch)) == shape, "a padded batch is of another shape"
+    assert shape.max_seqlen >= max(batch.max_seqlen, shape.tokens - len(batch.input_ids))
+
+
+@pytest.mark.parametrize("lengths", [[5], [3, 30, 1], [64, 64]])
+def test_a_padded_batch_has_the_same_loss_and_gradients(lengths: list[int]) -> None:
+    model, batch = model_of("cpu", torch.float64, Ops()), batch_of(lengths)
+    found = []
+    for one in (batch, pad(batch, len(batch.input_ids) + 17, len(batch.kept) + 9, len(lengths) + 3)):
+        loss = model(one)
+        found.append([loss.detach(), *torch.autograd.grad(loss, lora_parameters(model))])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_a_batch_that_does_not_fit_is_refused() -> None:
+    batch = batch_of([4, 4])
+    for tokens, kept, sequences in ((7, 9, 3), (8, 0, 3), (9, 9, 2)):
+        with pytest.raises(ValueError, match="does not fit"):
+            pad(batch, tokens, kept, sequences)
+
+
+def run(step: Any, model: CausalLoss, batches: list[Batch], seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    losses = [step(step.prepare(batch), 50) for batch in batches]
+    parameters = lora_parameters(model)
+    gradients = [p.grad.clone() for p in parameters if p.grad is not None]
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if step.keeps_gradients and p.grad is None else p.grad
+        if p.grad is not None:
+            p.grad.zero_()
+    return [*losses, *gradients]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"])
+def test_captured_micro_batches_are_the_eager_ones(quantize: str | None, checkpointed: bool) -> None:
+    fabric: Any = Plain("cuda")
+    ops, why = fastest(fabric.device)
+    assert why is None
+    assert ops.masks is not None
+    model = model_of("cuda", torch.bfloat16, ops, 0.1, quantize)
+    model.decoder.checkpoint_blocks = checkpointed
+    captured = Captured(fabric, model, ops.masks, lora_parameters(model))
+    eager = Eager(fabric, model)
+    batches = [batch_of([40, 30, 60, 62]), batch_of([3, 9]), batch_of([50, 77], 3), batch_of([30, 40, 62, 60], 4)]
+    padded = [Shape.of(batch).pad(batch) for batch in batches]
+    wanted = run(eager, model, padded, 5)
+    for _ in range(2):  # captured, then replayed
+        found = run(captured, model, batches, 5)
+        assert len(captured.graphs) == 3
+        for mine, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    other = run(captured, model, batches, 6)
+    assert not torch.equal(other[0], wanted[0]), "the masks of the graph stand still"
+    assert len(captured.graphs) == 3
+    before = copy.deepcopy(wanted)
+    with torch.no_grad():  # the weights may move between replays
+        for module in lora_modules(model).values():
+            module.lora_B.weight.mul_(2)
+    moved = run(captured, model, batches, 5)
+    for mine, theirs in zip(moved, run(eager, model, padded, 5), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(moved[0], before[0])
