@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import dataclasses
 import difflib
@@ -12,7 +13,9 @@ import io
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,26 +41,44 @@ CLEAN_ERRORS = ("VerifyError", "TrainingError")
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Entry point of `litlora` and of scripts/*.py."""
-    sys.exit(call(argv))
+    if "--debug" not in (sys.argv if argv is None else argv):  # what threads and destructors end with
+        sys.unraisablehook = _unraisable
+        threading.excepthook = lambda _: None
+    code = call(argv)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the leaving, too, without a word
+    sys.exit(code)
+
+
+def _unraisable(ignored: sys.UnraisableHookArgs) -> None:
+    if issubclass(ignored.exc_type, KeyboardInterrupt):  # it met a destructor: once more, for the program
+        _thread.interrupt_main()
 
 
 def call(argv: Sequence[str] | None = None) -> int:
     """Runs a command line. Returns 0: well, 1: failed, 2: bad input, 130: interrupted."""
+    # before torch starts: packs differ in length, and what one frees shall serve the next
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = _dispatch(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: closed before we began
+            sys.stdout.flush()
     except InputError as error:
         code = _fail(f"error: {error}", 2, debug)
     except KeyboardInterrupt:
         code = _fail("interrupted", 130, debug)
     except BrokenPipeError:  # `litlora generate … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     except SystemExit as error:  # --help and --print_config
-        code = error.code if isinstance(error.code, int) else 0
+        known = error.code is None or isinstance(error.code, int)
+        code = int(error.code or 0) if known else _fail(f"error: {error.code}", 1, debug)
+    except MemoryError:
+        fix = "a smaller file, batch or model; --debug shows where"
+        code = _fail(f"error: out of memory on the host\n  fix:    {fix}", 1, debug)
     except OSError as error:
         if error.errno is not None and error.filename is not None:  # rights, a name that is too long
             code = _fail(f"error: {InputError(str(error.strerror), where=error.filename)}", 2, debug)
@@ -65,7 +86,7 @@ def call(argv: Sequence[str] | None = None) -> int:
             code = _fail(f"error: {error.strerror}\n  fix:    free some space, and run again", 1, debug)
         else:
             code = _fail(_internal(error), 1, debug)
-    except Exception as error:
+    except BaseException as error:  # a panic in a library of Rust is no Exception
         if type(error).__name__ in CLEAN_ERRORS:
             code = _fail(f"error: {error}", 1, debug)
         else:
@@ -73,14 +94,16 @@ def call(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _internal(error: Exception) -> str:
-    return f"internal error: {type(error).__name__}: {error}\n  fix:    run again with --debug and report it"
+def _internal(error: BaseException) -> str:
+    first = next(iter(str(error).splitlines()), "")[:500]  # torch adds its C++ frames
+    return f"internal error: {type(error).__name__}: {first}\n  fix:    run again with --debug and report it"
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         raise
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        print(message, file=sys.stderr)
     return code
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import chain, islice
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -83,9 +84,12 @@ def train(
     `done` steps were taken before. A step without a trained token is skipped and not counted.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    number, micro_step = done, fastest_micro_step(fabric, model, parameters)
+    steps = iter(batches)
+    first = list(islice(steps, 1))
+    longest = max((len(batch.input_ids) for _, step in first for batch in step), default=0)
+    number, micro_step = done, fastest_micro_step(fabric, model, parameters, longest)
     started = time.perf_counter()
-    for work in _ahead(_Work.of(epoch, step, micro_step) for epoch, step in batches):
+    for work in _ahead(_Work.of(epoch, step, micro_step) for epoch, step in chain(first, steps)):
         if work.trained == 0:
             continue
         rate = learning_rate * schedule(number)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from litlora import graphs
 from litlora.config import ModelConfig
 from litlora.frozen import make_quantizer
 from litlora.graphs import Captured, Eager, Shape
@@ -96,6 +97,20 @@ def test_a_batch_that_does_not_fit_is_refused() -> None:
     for tokens, kept, sequences in ((7, 9, 3), (8, 0, 3), (9, 9, 2)):
         with pytest.raises(ValueError, match="does not fit"):
             pad(batch, tokens, kept, sequences)
+
+
+def test_small_micro_batches_are_captured_and_large_ones_not() -> None:
+    fabric: Any = Plain("cpu")
+    for quantize, share in ((None, 1.0), ("bnb.nf4", 1.0), ("fp8", 0.5)):
+        model = model_of("cpu", torch.float32, Ops(), quantize=quantize)
+        weights = 2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 192
+        assert graphs._block_work(model.decoder) == share * weights
+        assert isinstance(graphs.fastest_micro_step(fabric, model, [], 10), Eager), "there is nothing to capture"
+        if torch.cuda.is_available():
+            model.decoder.ops = fastest(torch.device("cuda"))[0]
+            most = int(graphs.LAUNCH_BOUND / (share * weights))
+            kinds = [type(graphs.fastest_micro_step(fabric, model, [], tokens)) for tokens in (most, most + 1)]
+            assert kinds == [Captured, Eager]
 
 
 def run(step: Any, model: CausalLoss, batches: list[Batch], seed: int) -> list[Tensor]:
