@@ -10,7 +10,7 @@ from collections.abc import Sequence
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 _PLAIN = re.compile(r"""[\w .,:;?!'"%/+=()–‖Δ-]*""")
-_NOT_PLAIN = re.compile(r"://|\bwww\.|^[-+]|^\d+[.)] ")  # becomes a link, a list
+_NOT_PLAIN = re.compile(r"://|\bwww\.|^[-+]|^\d+[.)] |(?<!\w)_|_(?!\w)")  # a link, a list, italics
 
 
 def printable(text: str, limit: int = 1000) -> str:

@@ -318,6 +318,7 @@ def test_smoothing_keeps_length_and_means() -> None:
 @example("`")
 @example(" ` ")
 @example("https://example.org")
+@example("_0_")
 def test_any_text_comes_back_from_markdown_as_it_is(text: str) -> None:
     """Through another program's reader of Markdown, in a table's cell and in a block."""
     markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"linkify": False}).enable("table")
