@@ -76,7 +76,7 @@ class MetaCheckpoint:
         found = {
             int(match[1]): path
             for path in self.directory.iterdir()
-            if (match := re.fullmatch(r"consolidated\.(\d+)\.pth", path.name))
+            if (match := re.fullmatch(r"consolidated\.(\d{1,3})\.pth", path.name)) and path.is_file()
         }
         if not found:
             fix = "give the directory of Meta's original download; a Hugging Face directory is used as it is"

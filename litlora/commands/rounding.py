@@ -75,8 +75,13 @@ def compare(model: OpenModel, measure: Callable[[Decoder], float]) -> list[dict[
         with explained_memory(f"the weights of {model.base.path}", "--accelerator cpu"):
             loss = measure(load())
         gc.collect()
-        found.append({"name": name, "val_loss": loss, "perplexity": math.exp(loss)})
+        found.append({"name": name, "val_loss": loss, "perplexity": perplexity(loss)})
     return found
+
+
+def perplexity(loss: float) -> float:
+    """e^loss; infinite where no float64 holds it (a base of damaged weights)."""
+    return math.exp(loss) if loss < 709 else math.inf
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 from litlora.commands.common import held_out, tokenize, validation_batches
 from litlora.commands.data_flags import DataArgs
 from litlora.commands.models import ModelArgs, OpenModel, explained_memory, open_model
-from litlora.commands.rounding import compare, table, trained_record, write
+from litlora.commands.rounding import compare, perplexity, table, trained_record, write
 from litlora.commands.run_settings import as_in_the_run
 from litlora.data import load_rows
 from litlora.errors import InputError
@@ -72,7 +71,7 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     about: dict[str, Any] = {"rows": len(rows), "trained_tokens": sum(batch.trained_tokens for batch in batches)}
     if record is None:
         loss = measure(model.load(fastest(model.precision.device)[0]), model, batches)  # training's operations
-        print(json.dumps({"val_loss": loss, "perplexity": math.exp(loss), **about}))
+        print(json.dumps({"val_loss": loss, "perplexity": perplexity(loss), **about}))
         return
     found = compare(model, lambda decoder: measure(decoder, model, batches))
     print(table(found))

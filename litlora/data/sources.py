@@ -14,6 +14,7 @@ from litlora.data.rows import Conversation, Document, Instruction, Row
 from litlora.errors import InputError
 
 _SHOWN = 5
+_ENOUGH = 100_000  # rows that cannot be used, to read no further
 _ROLES = {
     "human": "user",
     "user": "user",
@@ -66,10 +67,13 @@ def _convert(table: Table, convert: Callable[[int, Mapping[str, Any]], Row]) -> 
             refused += 1
             if refused <= _SHOWN:
                 problems.append(f"{table.unit} {number} {error}")
+            if refused == _ENOUGH:
+                break
     if refused:
         more = f"\n          … and {refused - _SHOWN} more" if refused > _SHOWN else ""
         listed = "\n          ".join(problems)
-        what = f"{refused} of {refused + len(rows)} rows cannot be used"
+        read = f"{'the first ' if refused == _ENOUGH else ''}{refused + len(rows)}"
+        what = f"{refused} of {read} rows cannot be used"
         raise InputError(what, where=table.path, got=listed + more)
     return rows
 
