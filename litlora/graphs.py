@@ -6,6 +6,9 @@ A graph holds fixed shapes. A micro-batch is padded up to one of a few lengths b
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,7 +95,7 @@ def _up(number: int, step: int) -> int:
 
 
 class Captured:
-    """One launch a micro-batch."""
+    """One launch a micro-batch; operation by operation where something in it waits for the host (attention in fp32)."""
 
     keeps_gradients = True
 
@@ -100,35 +103,60 @@ class Captured:
         self.fabric, self.model, self.masks, self.parameters = fabric, model, masks, parameters
         self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.graphs: dict[Shape, _Graph] = {}
+        self.eager: Eager | None = None
 
     def prepare(self, batch: Batch) -> Batch:
         return Shape.of(batch).pad(batch).pinned()
 
     def __call__(self, batch: Batch, trained: int) -> Tensor:
+        if not self.graphs and self.eager is None and not self._warm_up():
+            self.eager = Eager(self.fabric, self.model)
+        if self.eager is not None:
+            return self.eager(batch, trained)
         shape = Shape.of(batch)  # of a padded batch, its own
         graph = self.graphs.get(shape)
         if graph is None:
-            if not self.graphs:
-                self._warm_up()
             graph = self.graphs[shape] = _Graph(self, shape)
         self.masks.renew()
         return graph.replay(batch, trained)
 
-    def _warm_up(self) -> None:
-        """A tiny micro-batch, so that kernels are compiled and libraries have started before anything is captured."""
+    def _warm_up(self) -> bool:
+        """A tiny micro-batch, so that kernels are compiled and libraries have started before anything is captured.
+        False where it waited for the host."""
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         state = torch.get_rng_state()
         ids = torch.zeros(LEAST, dtype=torch.int64)
         bounds = torch.tensor([0, LEAST], dtype=torch.int32)
-        tiny = Batch(ids, ids, torch.arange(LEAST - 1), torch.arange(LEAST), bounds, LEAST, (0,))
+        tiny = Batch(ids, ids, torch.arange(LEAST - 1), torch.arange(LEAST), bounds, LEAST, (0,)).to(self.fabric.device)
+        eager, captures = Eager(self.fabric, self.model), True
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # the one of the captures: a stream has a workspace of its own
-            Eager(self.fabric, self.model)(tiny, 1)
+            eager(tiny, 1)
+            try:
+                with _no_waiting():
+                    eager(tiny, 1)
+            except RuntimeError as error:
+                if "synchronizing" not in str(error):
+                    raise
+                captures = False
         torch.cuda.current_stream().wait_stream(self.stream)
         torch._foreach_zero_([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         torch.set_rng_state(state)
+        return captures
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Inside it an operation that waits for the card raises RuntimeError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it does not see every kind of waiting
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def fastest_micro_step(fabric: Launcher, model: nn.Module, parameters: list[nn.Parameter], tokens: int) -> MicroStep:
@@ -172,7 +200,8 @@ class _Graph:
         self.scale = torch.ones((), device=device)
         self.graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph, pool=owner.pool, stream=owner.stream):
+        # "thread_local": another thread is making the next batches, and pins memory as a capture may not
+        with torch.cuda.graph(self.graph, owner.pool, owner.stream, capture_error_mode="thread_local"):
             loss = owner.model(self.batch)
             owner.fabric.backward(loss * self.scale)
             self.loss: Any = loss.detach()

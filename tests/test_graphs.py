@@ -127,6 +127,22 @@ def run(step: Any, model: CausalLoss, batches: list[Batch], seed: int) -> list[T
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_what_waits_for_the_host_is_not_captured() -> None:
+    """In fp32 attention asks the host for the sequences' lengths."""
+    fabric: Any = Plain("cuda")
+    ops = fastest(fabric.device)[0]
+    assert ops.masks is not None
+    model, batches = model_of("cuda", torch.float32, ops), [batch_of([40, 30]), batch_of([50, 20, 7])]
+    captured = Captured(fabric, model, ops.masks, lora_parameters(model))
+    found = run(captured, model, batches, 5)
+    assert not captured.graphs
+    wanted = run(Eager(fabric, model), model, batches, 5)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"])
 def test_captured_micro_batches_are_the_eager_ones(quantize: str | None, checkpointed: bool) -> None:

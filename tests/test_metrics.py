@@ -92,7 +92,7 @@ def test_the_matmul_rate_of_a_card() -> None:
     state, held = torch.cuda.get_rng_state(device), torch.cuda.memory_reserved(device)
     rate = matmul_rate(device, torch.bfloat16)
     assert torch.equal(torch.cuda.get_rng_state(device), state)
-    assert torch.cuda.memory_reserved(device) <= held + 64 * 2**20  # cuBLAS keeps a workspace
+    assert torch.cuda.memory_reserved(device) <= held + 256 * 2**20  # cuBLAS keeps a workspace, the allocator a segment
     a = torch.randn(SIZE, SIZE, device=device, dtype=torch.bfloat16)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from litlora.ops import Ops, kernels, reference
+from litlora.ops import kernels, reference
 from litlora.ops.parts import Parts, parts_of
+from litlora.ops.table import Ops
 
 MOST_ADAPTERS = 1000  # of a model, so that the keys of chunks do not meet
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
