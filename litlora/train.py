@@ -77,16 +77,19 @@ def train(
     schedule: Callable[[int], float],
     max_norm: float | None,
     done: int = 0,
+    longest: int | None = None,
 ) -> Iterator[Step]:
     """Runs the optimizer steps of `batches`, (epoch, micro-batches) each, and yields after every one.
 
     `model` is the CausalLoss that fabric.setup gave back; `schedule` is the learning rate's factor by step from 0;
-    `done` steps were taken before. A step without a trained token is skipped and not counted.
+    `done` steps were taken before. `longest`: tokens of a run's longest micro-batches, by which is chosen how they are
+    launched; those of the first step without it. A step without a trained token is skipped and not counted.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = iter(batches)
     first = list(islice(steps, 1))
-    longest = max((len(batch.input_ids) for _, step in first for batch in step), default=0)
+    if longest is None:
+        longest = max((len(batch.input_ids) for _, step in first for batch in step), default=0)
     number, micro_step = done, fastest_micro_step(fabric, model, parameters, longest)
     started = time.perf_counter()
     for work in _ahead(_Work.of(epoch, step, micro_step) for epoch, step in chain(first, steps)):

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from litlora import run_files
+from litlora import run_files, train
 from litlora.cli import call
 from litlora.commands import finetune_lora, finetune_training
 from litlora.memory import MicroBatch
@@ -50,10 +50,10 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], obje
     """`at_step(5, act)`: acts once, when the fifth step of a run is done and nothing of it is written yet."""
 
     def plan(number: int, act: Callable[[], object]) -> None:
-        train, acts = finetune_lora.train, [act]
+        steps, acts = finetune_lora.train, [act]
 
         def watched(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            for step in train(*args, **kwargs):
+            for step in steps(*args, **kwargs):
                 if step.number == number and acts:
                     acts.pop()()
                 yield step
@@ -158,6 +158,25 @@ def test_what_was_fitted_to_the_free_memory_is_kept(
     assert not kill.differences(tmp_path / "whole", tmp_path / "run")
     found = settings(tmp_path / "run")
     assert (found["micro_batch_tokens"], found["activation_checkpointing"]) == (90, "full")
+
+
+def test_how_micro_batches_are_launched_does_not_depend_on_where_it_goes_on(
+    tmp_path: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured or not, and so padded or not, is chosen by the length of the run's first micro-batches."""
+    lengths: list[int] = []
+    fastest = train.fastest_micro_step
+
+    def watched(fabric: Any, model: Any, parameters: Any, tokens: int) -> Any:
+        lengths.append(tokens)
+        return fastest(fabric, model, parameters, tokens)
+
+    monkeypatch.setattr(train, "fastest_micro_step", watched)
+    at_step(5, die)
+    assert finetune(tmp_path / "run") == 130
+    assert finetune(tmp_path / "run") == 0
+    assert len(lengths) == 2
+    assert lengths[0] == lengths[1]
 
 
 # --- where to go on ---------------------------------------------------------------------------------------------------

@@ -140,9 +140,11 @@ def fit(training: Training, stop: Stop) -> str | None:
     end. Raises TrainingError when it cannot go on."""
     job, args, totals = training.job, training.job.args, training.totals
     schedule = make_schedule(args.lr_schedule, args.warmup_steps, len(job.plan))
+    # of the first step, also of a resumed run: launched in another way a micro-batch has other last digits
+    longest = max(len(batch.input_ids) for batch in next(batches(job, training.micro, 0))[1])
     steps = train(
         training.fabric, training.model, training.optimizer, batches(job, training.micro, totals.step),
-        learning_rate=args.learning_rate, schedule=schedule, max_norm=args.max_norm, done=totals.step,
+        learning_rate=args.learning_rate, schedule=schedule, max_norm=args.max_norm, done=totals.step, longest=longest,
     )  # fmt: skip
     with stop, training.progress:
         while not training.ended:
