@@ -159,6 +159,10 @@ class Checkpoint:
             weight_map = self.index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise InputError("the weights index has no weight_map", where=directory / INDEX)
+            metadata = self.index.get("metadata") or {}
+            if not isinstance(metadata, dict) or not isinstance(metadata.get("total_parameters", 0), (int, float)):
+                got = f"metadata {metadata!r}"
+                raise InputError("the weights index has metadata that are no totals", where=directory / INDEX, got=got)
             files = list(dict.fromkeys(str(name) for name in weight_map.values()))
             for name in files:
                 if Path(name).name != name:
