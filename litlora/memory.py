@@ -11,9 +11,7 @@ from litlora.errors import InputError
 from litlora.ops.reference import LOGITS_BYTES
 
 CPU_TOKENS = 2048  # enough for the products' speed, small enough for the caches
-# From here on longer packs are no faster: 128 rows of Alpaca are two of 8,170 tokens on average; where blocks are
-# recomputed to save memory, three.
-GPU_TOKENS, GPU_TOKENS_RECOMPUTED = 9216, 6144
+GPU_TOKENS = 9216  # from here on longer packs are no faster; 128 rows of Alpaca are two such, of 8,170 on average
 SHARE = 0.85  # of the free memory that a plan may count on: the allocator's gaps, workspaces
 
 
@@ -48,8 +46,7 @@ def choose_micro_batch(
         room = int(free / activation_bytes(config, itemsize, checkpointed=checkpointed))
         if room >= longest:
             break
-    most = GPU_TOKENS_RECOMPUTED if checkpointed else GPU_TOKENS
-    return MicroBatch(max(longest, min(most, room)), checkpointed)
+    return MicroBatch(max(longest, min(GPU_TOKENS, room)), checkpointed)
 
 
 def out_of_memory(
