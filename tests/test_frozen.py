@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from litlora.config import ModelConfig
 from litlora.errors import InputError
-from litlora.frozen import FOUR_BIT, Dense, FourBit, FourBitLinear, FrozenLinear, make_quantizer
+from litlora.frozen import FOUR_BIT, QUANTIZERS, Dense, FourBit, FourBitLinear, FrozenLinear, make_quantizer
 from litlora.load import Directory, RandomWeights, expected_shapes, load_model
 from litlora.sequences import Packed
 
@@ -75,7 +75,7 @@ def test_outputs_and_gradients_are_bitsandbytes_own(name: str, dtype: torch.dtyp
     torch.testing.assert_close(left, right, **tolerance)
 
 
-@pytest.mark.parametrize("name", [None, *FORMATS])
+@pytest.mark.parametrize("name", [None, *QUANTIZERS])
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_backward_are_mm_and_mm_t_of_the_dense_weight(name: str | None, bias: bool) -> None:
     torch.manual_seed(0)
@@ -88,6 +88,12 @@ def test_forward_backward_are_mm_and_mm_t_of_the_dense_weight(name: str | None, 
     torch.testing.assert_close(linear.mm(x), x @ dense.T)
     torch.testing.assert_close(linear.mm_t(gradient), gradient @ dense)
     torch.testing.assert_close(torch.autograd.grad(linear(x), x, gradient)[0], gradient @ dense)
+    more = torch.randn(5, 96), torch.randn(5, 128)
+    detached = x.detach()
+    torch.testing.assert_close(linear.mm(linear.prepare(detached), more[0].clone()), detached @ dense.T + more[0])
+    torch.testing.assert_close(linear.mm_t(gradient, more[1].clone()), gradient @ dense + more[1])
+    both = linear.sum_mm_t([linear], [gradient, 2 * gradient], None)
+    torch.testing.assert_close(both, 3 * gradient @ dense, rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in linear.parameters())
     with torch.no_grad():
         assert torch.equal(linear(x), linear(x.detach()))
@@ -112,7 +118,7 @@ def test_gradients_pass_in_another_dtype_than_the_products(name: str) -> None:
     assert x.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", [None, *FORMATS])
+@pytest.mark.parametrize("name", [None, *QUANTIZERS])
 def test_autocast_computes_in_its_dtype(name: str | None) -> None:
     linear = make_quantizer(name, torch.bfloat16 if name else torch.float32, CPU).freeze(torch.randn(64, 64), None)
     x = torch.randn(3, 64, requires_grad=True)
@@ -122,23 +128,37 @@ def test_autocast_computes_in_its_dtype(name: str | None) -> None:
     assert torch.autograd.grad(y.float().sum(), x)[0].dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_cast_moves_but_never_rounds(name: str) -> None:
-    linear = FourBit(name, torch.float32).freeze(torch.randn(96, 128), torch.randn(96))
+    linear = make_quantizer(name, torch.float32, CPU).freeze(torch.randn(96, 128), torch.randn(96))
     before, dense = {n: p.clone() for n, p in linear.named_parameters()}, linear.dense_weight()
     for cast in (linear.to(torch.bfloat16), linear.half(), nn.Sequential(linear).double()[0]):
-        assert isinstance(cast, FourBitLinear)
+        assert isinstance(cast, FrozenLinear)
         assert all(p.dtype == before[n].dtype and torch.equal(p, before[n]) for n, p in cast.named_parameters())
         assert torch.equal(cast.dense_weight(), dense)
-    assert linear.absmax.dtype == (torch.uint8 if linear.nested else torch.float32)
+    if isinstance(linear, FourBitLinear):
+        assert linear.absmax.dtype == (torch.uint8 if linear.nested else torch.float32)
     meta = linear.to("meta")
     assert {p.device.type for p in meta.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("name", FORMATS)
+def test_fp8_rounds_each_row_by_its_own_scale_and_keeps_one_copy() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(96, 128) * torch.logspace(-3, 3, 96)[:, None]
+    weight[5] = 0
+    linear = make_quantizer("fp8", torch.float32, CPU).freeze(weight, None)
+    assert sum(p.numel() * p.element_size() for p in linear.parameters()) == 96 * 128 + 4 * 96
+    error = (linear.dense_weight() - weight).abs()
+    assert (error <= weight.abs() / 16 + weight.abs().amax(1, keepdim=True) / 448 / 512).all()  # three bits, subnormals
+    torch.testing.assert_close(linear.dense_weight().abs().amax(1), weight.abs().amax(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
 def test_the_state_dict_holds_all_that_the_weight_is(name: str) -> None:
     torch.manual_seed(0)
-    first, second = (FourBit(name, torch.float32).freeze(torch.randn(64, 64), torch.randn(64)) for _ in range(2))
+    first, second = (
+        make_quantizer(name, torch.float32, CPU).freeze(torch.randn(64, 64), torch.randn(64)) for _ in range(2)
+    )
     assert not torch.equal(first.dense_weight(), second.dense_weight())
     second.load_state_dict(first.state_dict())
     assert torch.equal(first.dense_weight(), second.dense_weight())

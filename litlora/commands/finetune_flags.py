@@ -71,7 +71,7 @@ class Args(DataArgs):
     out_dir: Path = Path("out/finetune_lora")
     shuffle: bool = True
     precision: Literal["bf16-true", "bf16-mixed", "32-true"] | None = None
-    quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"] | None = None
+    quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "fp8"] | None = None
     quantize_head: bool = False
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
     devices: int = 1

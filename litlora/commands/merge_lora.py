@@ -52,7 +52,7 @@ class Args:
         lora_path: An adapter directory, litlora's or PEFT's; may be given several times.
         out_dir: Where the merged model is written.
         weights: How much of each adapter, in the order of --lora_path, for example 0.7,0.3. Default: 1 each.
-        base_rounding: Merge onto the weights as this 4-bit format rounds them (every linear that it held in training,
+        base_rounding: Merge onto the weights as this format rounds them (every linear that it held in training,
             adapted or not). Right for an adapter that was trained with --quantize of the same name, when the merged
             model shall compute exactly what training saw; the rest of the base's precision is lost for good. Without
             it the adapter is added to the full weights, which is usually as good or better.
@@ -69,7 +69,7 @@ class Args:
     lora_path: list[Path]
     out_dir: Path
     weights: str | None = None
-    base_rounding: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"] | None = None
+    base_rounding: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "fp8"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     verify: bool = False
     verify_prompts: Path | None = None

@@ -33,7 +33,7 @@ class ModelArgs:
         checkpoint_dir: the model's Hugging Face directory: a base or a merged model
         lora_path: an adapter directory, ours or PEFT's, used unmerged; may be given several times
         weights: how much of each adapter, in the order of --lora_path, for example 0.7,0.3; 1 each without it
-        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4 or bnb.fp4-dq
+        quantize: bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq or fp8
         quantize_head: also quantize lm_head
         precision: bf16-true, bf16-mixed or 32-true; bf16-true on a GPU that has it, else 32-true
         accelerator: auto, cpu or cuda

@@ -47,7 +47,7 @@ class Args(DataArgs):
     lora_path: tuple[Path, ...] = ()
     weights: str | None = None
     rounding: bool = False
-    quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"] | None = None
+    quantize: Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "fp8"] | None = None
     quantize_head: bool = False
     precision: Literal["bf16-true", "bf16-mixed", "32-true"] | None = None
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
