@@ -1,28 +1,30 @@
 """Tokens from a Decoder: prompts of unequal length are prefilled side by side without padding, then each step adds one
-token to every row; a row that ends leaves the batch.
+token to every row. A row that ends leaves at once, and a prompt that waits takes its place.
 
 Prefill, step and choosing touch tensors only; the host reads what was chosen, on a card one step late, so that the
-card never waits for it. `_Rows.step` is what a captured graph can replace.
+card never waits for it. Where the model runs is an `Engine`'s matter: here, plainly; on a card, captured graphs.
 Sizes: B rows still written, N prompt tokens, C hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from litlora.errors import InputError
+from litlora.kv_cache import Continuation, Decode, KVCache, Prefill
 from litlora.model import Decoder
 from litlora.sampling import NOT_FINITE, Sampling
-from litlora.sequences import Decode, KVCache, Packed, Prefill
+from litlora.sequences import Sequences as Attention
 
 __all__ = ["Sampling", "check_prompts", "generate", "room"]
 
 PREFILL_TOKENS = 8192  # prompts go through the model together up to this many tokens: bounds the activations
+CONTINUED_TOKENS = 2048  # of a prompt longer than that, beyond its first piece
 
 
 def generate(
@@ -35,20 +37,22 @@ def generate(
     vocab_size: int | None = None,
     streams: Sequence[int] | None = None,
     ended: Collection[int] = (),
+    side_by_side: int | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yields (row, token) as tokens are known, each row's own in order, a closing stop id included.
 
     A row ends with one of `stop_ids`, after `max_new_tokens`, at the context's end (see `room`), or once the caller
     puts it into `ended`, which is looked at before every step. Ids from `vocab_size` on are padding of the head and
     never chosen. `streams` number the rows' random draws (default: 0, 1, …), so that a row's text does not depend on
-    the batch it is in.
+    the batch it is in. `side_by_side`: rows written at a time at most; the others wait, in order, for a place.
 
     Raises InputError, before anything runs, for an empty prompt, one that leaves no room in the context, or an id that
     the model does not have; and, while running, when the logits are not finite.
     """
     limits = room(model, prompts, max_new_tokens)
     streams = range(len(prompts)) if streams is None else streams
-    rows = _Rows(model, prompts, limits, sampling, vocab_size or model.config.vocab_size, streams)
+    vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+    rows = _Rows(model, prompts, limits, sampling, vocab_size, streams, side_by_side or len(prompts))
     return _run(rows, frozenset(stop_ids), ended)
 
 
@@ -89,20 +93,26 @@ def _run(rows: _Rows, stop_ids: frozenset[int], ended: Collection[int]) -> Itera
     model.eval()
     try:
         over: set[int] = set()
-        unread = deque([rows.prefill()] if rows.live else [])
-        while unread:
-            if late and rows.keep(over, ended):
+        unread: deque[_Reading] = deque()
+        while True:
+            joining = rows.joining()
+            if joining:
+                unread.append(rows.prefill(joining))
+            elif rows.live:
                 unread.append(rows.step())
-            for row, token in unread.popleft().get():
-                if row in over or row in ended:
-                    continue  # one step was under way when its end was read
-                if token == NOT_FINITE:
-                    raise _not_finite(row)
-                if token in stop_ids:
-                    over.add(row)
-                yield row, token
-            if not unread and rows.keep(over, ended):
-                unread.append(rows.step())
+            elif not unread:
+                return
+            while unread and (len(unread) > late or not rows.live):
+                for row, token in unread.popleft().get():
+                    if row in over or row in ended:
+                        continue  # one step was under way when its end was read
+                    if token == NOT_FINITE:
+                        raise _not_finite(row)
+                    if token in stop_ids:
+                        over.add(row)
+                    yield row, token
+                rows.leave(over, ended)
+            rows.leave(over, ended)
     finally:
         model.train(training)
 
@@ -123,9 +133,9 @@ def _not_finite(row: int) -> InputError:
 class _Reading:
     """Chosen tokens on their way to the host, with the rows they belong to."""
 
-    def __init__(self, rows: list[int], tokens: Tensor) -> None:
+    def __init__(self, rows: Sequence[int], tokens: Tensor) -> None:
         self.rows = list(rows)
-        self.tokens = tokens.to("cpu", non_blocking=True)  # pinned memory, when it comes from a card
+        self.tokens = tokens.to("cpu", non_blocking=True, copy=True)  # pinned memory, when it comes from a card
         self.event: torch.cuda.Event | None = None
         if tokens.is_cuda:
             self.event = torch.cuda.Event()
@@ -137,8 +147,110 @@ class _Reading:
         return zip(self.rows, self.tokens.tolist(), strict=True)
 
 
+class State:
+    """What the device knows of the rows: slot i of all tensors is the i-th of the rows that are still written."""
+
+    def __init__(self, slots: int, vocabulary: int, sampling: Sampling, device: torch.device) -> None:
+        self.sampling, self.vocabulary, self.device = sampling, vocabulary, device
+        self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)  # each row's newest
+        self.numbers = torch.zeros(5, slots, dtype=torch.int64, device=device)
+        # where a row begins in the cache; the next token's position; its random stream, its tokens so far; 1, or 0 for
+        # a slot that only fills a captured graph's shape
+        self.starts, self.positions, self.streams, self.steps, self.alive = self.numbers.unbind()
+        self.seen: Tensor | None = None  # (slots, V) bool: what a repetition penalty must know
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Slot i gets what slot `order[i]` had."""
+        index, count = torch.tensor(order).to(self.device, non_blocking=True), len(order)
+        self.tokens[:count] = self.tokens[index]
+        if self.seen is not None:
+            self.seen[:count] = self.seen[index]
+
+    def upload(self, numbers: Sequence[Sequence[int]]) -> None:
+        """Five numbers a slot, see above; the slots behind them are of no row."""
+        table = torch.zeros(self.numbers.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        table[:, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64).t()
+        self.numbers.copy_(table, non_blocking=True)
+
+    def look_at(self, slot: int, prompt: Sequence[int]) -> None:
+        """A prompt counts for the repetition penalty, too."""
+        if self.seen is not None:
+            ids = torch.tensor([i for i in prompt if i < self.vocabulary], dtype=torch.int64, device=self.device)
+            self.seen[slot] = False
+            self.seen[slot, ids] = True
+
+    def choose(self, logits: Tensor, slots: slice) -> None:
+        """The next token of each of `slots`, from logits (B, V or more)."""
+        seen = None if self.seen is None else self.seen[slots]
+        tokens = self.sampling.choose(logits[:, : self.vocabulary], seen, self.streams[slots], self.steps[slots])
+        self.tokens[slots] = tokens
+        self.steps[slots] += self.alive[slots]
+        if seen is not None:
+            seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
+
+    def inputs(self, count: int) -> Tensor:
+        """The newest token of the first `count` slots."""
+        return self.tokens[:count].clamp(min=0)  # NOT_FINITE is no embedding's number; the reader will raise
+
+
+class Engine(Protocol):
+    """Where rows lie in the cache, and how a step runs."""
+
+    @property
+    def cache(self) -> KVCache: ...
+
+    def reserve(self, tokens: int) -> int | None:
+        """The first token of a new row's span, None while there is no room for it."""
+        ...
+
+    def release(self, start: int) -> None: ...
+
+    def settle(self, starts: list[int], lengths: list[int]) -> list[int]:
+        """The live rows' spans in slot order, after some have left: where they lie from now on."""
+        ...
+
+    def step(self, state: State, lengths: list[int]) -> None:
+        """Feeds the newest token of the first slots, of `lengths` tokens before it, and chooses the next."""
+        ...
+
+
+class Eager:
+    """The model, called as it is. Row i lies in the i-th of equal spans, so that a step reads one block."""
+
+    def __init__(self, model: Decoder, slots: int, capacities: Sequence[int]) -> None:
+        embedding = model.model.embed_tokens.weight
+        self.model, self.spacing, self.rows = model, max(capacities), 0
+        self.cache = KVCache(model.config, slots * self.spacing, embedding.dtype, embedding.device)
+
+    def reserve(self, tokens: int) -> int | None:
+        self.rows += 1
+        return (self.rows - 1) * self.spacing
+
+    def release(self, start: int) -> None:
+        self.rows -= 1
+
+    def settle(self, starts: list[int], lengths: list[int]) -> list[int]:
+        for slot, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            if start != slot * self.spacing:
+                self.cache.move(start, slot * self.spacing, length)
+        return [slot * self.spacing for slot in range(len(starts))]
+
+    def step(self, state: State, lengths: list[int]) -> None:
+        count = len(lengths)
+        positions = state.positions[:count]
+        hidden = self.model(state.inputs(count), Decode(self.cache, positions, lengths, self.spacing))
+        positions += 1
+        state.choose(self.model.lm_head(hidden), slice(0, count))
+
+
+def make_engine(model: Decoder, state: State, slots: int, capacities: Sequence[int]) -> Engine:
+    return Eager(model, slots, capacities)
+
+
 class _Rows:
-    """The rows that are still written: slot i of the cache and of all tensors is row `live[i]`."""
+    """The host's book: which rows wait, which are written in which slot, and what each may still get."""
 
     def __init__(
         self,
@@ -146,102 +258,128 @@ class _Rows:
         prompts: Sequence[Sequence[int]],
         limits: Sequence[int],
         sampling: Sampling,
-        vocab_size: int,
+        vocabulary: int,
         streams: Sequence[int],
+        slots: int,
     ) -> None:
-        embedding = model.model.embed_tokens.weight
-        self.model, self.prompts, self.sampling, self.device = model, prompts, sampling, embedding.device
-        self.dtype, self.vocab_size = embedding.dtype, min(vocab_size, model.config.vocab_size)
-        self.live = list(range(len(prompts)))
+        self.model, self.prompts, self.streams = model, prompts, list(streams)
+        self.device = model.model.embed_tokens.weight.device
+        self.waiting = deque(range(len(prompts)))
+        self.live: list[int] = []  # rows by slot
+        self.slots = min(slots, len(prompts))
         self.left = list(limits)  # tokens that a row may still get, by row
-        self.written = [len(prompt) for prompt in prompts]  # tokens of a row in the cache, by row
-        self.streams = torch.tensor(list(streams), dtype=torch.int64, device=self.device)  # (B,)
-        self.steps = torch.zeros_like(self.streams)  # (B,) tokens chosen so far
-        self.positions = torch.tensor(self.written, dtype=torch.int64, device=self.device)  # (B,) of the next token
+        self.chosen = [0] * len(prompts)
+        self.starts: dict[int, int] = {}  # of the live rows, in the cache
+        # the last token of a row is chosen but never fed back
+        self.capacities = [len(prompt) + left - 1 for prompt, left in zip(prompts, limits, strict=True)]
+        self.stale = False  # whether the device's numbers are not ours
+        self.settings = (vocabulary, sampling)
+
+    def start(self) -> None:
+        """Takes the memory, when the first prompt needs it."""
+        self.state = State(self.slots, *self.settings, self.device)
+        self.engine = make_engine(self.model, self.state, self.slots, self.capacities)
+
+    def written(self, row: int) -> int:
+        """Tokens of a live row in the cache, once its prompt is there."""
+        return len(self.prompts[row]) + max(0, self.chosen[row] - 1)
 
     @torch.inference_mode()
-    def prefill(self) -> _Reading:
+    def joining(self) -> list[int]:
+        """The rows that wait and now get a slot: not at every free one, so that several prompts share a prefill."""
+        free = self.slots - len(self.live)
+        if not self.waiting or free < min(len(self.waiting), max(1, self.slots // 16)):
+            return []
+        if not hasattr(self, "engine"):
+            self.start()
+        found: list[int] = []
+        while self.waiting and len(found) < free:
+            start = self.engine.reserve(self.capacities[self.waiting[0]])
+            if start is None:
+                break
+            found.append(self.waiting.popleft())
+            self.starts[found[-1]] = start
+        return found
+
+    @torch.inference_mode()
+    def prefill(self, rows: list[int]) -> _Reading:
         """The prompts into the cache, and each row's first token."""
-        # the last token of a row is chosen but never fed back
-        length = max(n + left - 1 for n, left in zip(self.written, self.left, strict=True))
-        self.cache = KVCache(self.model.config, len(self.prompts), length, self.dtype, self.device)
-        self.seen: Tensor | None = None  # (B, V) bool
-        if self.sampling.repetition_penalty != 1.0:
-            self.seen = torch.zeros(len(self.prompts), self.vocab_size, dtype=torch.bool, device=self.device)
-            for slot, prompt in enumerate(self.prompts):
-                ids = torch.tensor([i for i in prompt if i < self.vocab_size], dtype=torch.int64, device=self.device)
-                self.seen[slot, ids] = True
-        return self._choose(torch.cat([self._last_hidden(group) for group in self._groups()]))
+        slots = slice(len(self.live), len(self.live) + len(rows))
+        self.live += rows
+        self.upload()
+        for slot, row in enumerate(rows, slots.start):
+            self.state.look_at(slot, self.prompts[row])
+        hidden = torch.cat([self.last_hidden(group) for group in self.groups(rows)])
+        self.state.choose(self.model.lm_head(hidden), slots)
+        return self.reading(rows, slots)
 
-    def _groups(self) -> Iterator[range]:
+    def groups(self, rows: list[int]) -> Iterator[list[int]]:
         """Rows in order, as many at a time as PREFILL_TOKENS hold, and at least one."""
-        start = tokens = 0
-        for row, length in enumerate(self.written):
-            if row > start and tokens + length > PREFILL_TOKENS:
-                yield range(start, row)
-                start, tokens = row, 0
-            tokens += length
-        yield range(start, len(self.written))
+        group: list[int] = []
+        tokens = 0
+        for row in rows:
+            if group and tokens + len(self.prompts[row]) > PREFILL_TOKENS:
+                yield group
+                group, tokens = [], 0
+            group.append(row)
+            tokens += len(self.prompts[row])
+        yield group
 
-    def _last_hidden(self, rows: range) -> Tensor:
-        """(rows, C) of the prompts' last tokens."""
-        packed = Packed.of_lengths([self.written[row] for row in rows])
-        packed = Packed(packed.positions.to(self.device), packed.cu_seqlens.to(self.device), packed.max_seqlen)
-        ids = torch.tensor([i for row in rows for i in self.prompts[row]], device=self.device)  # (N,)
-        hidden: Tensor = self.model(ids, Prefill(packed, self.cache, rows))
-        return hidden[packed.cu_seqlens[1:].long() - 1]
+    def last_hidden(self, rows: list[int]) -> Tensor:
+        """(rows, C) of the prompts' last tokens. A prompt longer than PREFILL_TOKENS is alone, and goes in pieces."""
+        cache, lengths = self.engine.cache, [min(len(self.prompts[row]), PREFILL_TOKENS) for row in rows]
+        starts = [self.starts[row] for row in rows]
+        sequences: Attention = Prefill(cache, lengths, starts, self.device)
+        ids = [i for row, length in zip(rows, lengths, strict=True) for i in self.prompts[row][:length]]
+        hidden: Tensor = self.model(self.to_device(ids), sequences)
+        prompt, first = self.prompts[rows[0]], lengths[0]
+        while first < len(prompt):
+            piece = prompt[first : first + min(CONTINUED_TOKENS, PREFILL_TOKENS)]
+            sequences = Continuation(cache, starts[0], first, len(piece), self.device)
+            hidden, first, lengths = self.model(self.to_device(piece), sequences), first + len(piece), [len(piece)]
+        return hidden[self.to_device(lengths).cumsum(0) - 1]
+
+    def to_device(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
 
     @torch.inference_mode()
     def step(self) -> _Reading:
         """Feeds each row's newest token and chooses the next."""
-        longest = max(self.written[row] for row in self.live) + 1
-        ids = self.tokens.clamp(min=0)  # NOT_FINITE is no embedding's number; the reader will raise
-        hidden = self.model(ids, Decode(self.positions, self.cache, longest))
-        self.positions = self.positions + 1
-        for row in self.live:
-            self.written[row] += 1
-        return self._choose(hidden)
+        if self.stale:
+            self.upload()
+        self.engine.step(self.state, [self.written(row) for row in self.live])
+        return self.reading(self.live, slice(0, len(self.live)))
 
-    def _choose(self, hidden: Tensor) -> _Reading:
-        """hidden (B, C)."""
-        logits = self.model.lm_head(hidden)[:, : self.vocab_size]
-        self.tokens = self.sampling.choose(logits, self.seen, self.streams, self.steps)
-        self.steps = self.steps + 1
-        if self.seen is not None:
-            self.seen.scatter_(1, self.tokens.clamp(min=0)[:, None], True)
-        for row in self.live:
+    def upload(self) -> None:
+        """What the host knows of the live rows, in slot order."""
+        numbers = [(self.starts[r], self.written(r), self.streams[r], self.chosen[r], 1) for r in self.live]
+        self.state.upload(numbers)
+        self.stale = False
+
+    def reading(self, rows: Sequence[int], slots: slice) -> _Reading:
+        for row in rows:
             self.left[row] -= 1
-        return _Reading(self.live, self.tokens)
-
-    def keep(self, over: Collection[int], ended: Collection[int]) -> bool:
-        """Lets the rows go that are over; whether any is left. What the host knows beforehand (a row's limit) is never
-        fed once too often, so nothing is written behind the cache's end."""
-        kept = [s for s, row in enumerate(self.live) if self.left[row] and row not in over and row not in ended]
-        if kept and len(kept) < len(self.live):
-            self._compact(kept)
-        return bool(kept)
+            self.chosen[row] += 1
+        return _Reading(rows, self.state.tokens[slots])
 
     @torch.inference_mode()
-    def _compact(self, kept: list[int]) -> None:
-        """The last slots move into those that became free; the cache is a view of its first slots from then on."""
+    def leave(self, over: Collection[int], ended: Collection[int]) -> None:
+        """Lets the rows go that are over. What the host knows beforehand (a row's limit) is never fed once too often:
+        nothing is written behind a row's span."""
+        kept = [s for s, row in enumerate(self.live) if self.left[row] and row not in over and row not in ended]
         count = len(kept)
-        movers = [slot for slot in kept if slot >= count]
+        if count == len(self.live):
+            return
+        for slot in set(range(len(self.live))) - set(kept):
+            self.engine.release(self.starts.pop(self.live[slot]))
+        # the last slots move into those that became free
         holes = sorted(set(range(count)) - set(kept))
         order = list(range(count))
-        for hole, mover in zip(holes, movers, strict=True):
+        for hole, mover in zip(holes, (slot for slot in kept if slot >= count), strict=True):
             order[hole] = mover
-        longest = max((self.written[self.live[slot]] for slot in movers), default=0)
-        cache = copy.copy(self.cache)
-        cache.rows = count
-        for name in ("keys", "values"):
-            layers = getattr(cache, name)
-            if movers:
-                for layer in layers:
-                    layer[holes, :longest] = layer[movers, :longest]
-            setattr(cache, name, [layer[:count] for layer in layers])
-        self.cache = cache
-        index = torch.tensor(order, device=self.device)
         self.live = [self.live[slot] for slot in order]
-        self.tokens, self.positions = self.tokens[index], self.positions[index]
-        self.streams, self.steps = self.streams[index], self.steps[index]
-        self.seen = None if self.seen is None else self.seen[index]
+        if holes:
+            self.state.reorder(order)
+        starts = self.engine.settle([self.starts[row] for row in self.live], [self.written(row) for row in self.live])
+        self.starts = dict(zip(self.live, starts, strict=True))
+        self.stale = True

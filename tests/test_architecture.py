@@ -15,7 +15,7 @@ FLOORS = [  # from the top down; rooms of one floor may use each other, but in n
     "load decode train merge merge_verify merge_write answers memory precision optimizers run_files resume hub "
     "meta_format flops report loggers model_card samples graphs",
     "peft_format model packing sampling meta_tokenizer deltas",
-    "lora sequences data",
+    "lora sequences kv_cache data",
     "frozen checkpoint ops config tokenizer metrics markdown expressions flat_yaml",
     "errors",
 ]
