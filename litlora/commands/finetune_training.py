@@ -112,7 +112,7 @@ class Training:
         limit, in_a_row = self.job.args.max_bad_steps, self.totals.bad_steps_in_a_row
         numbers = sorted(int(self.job.data.dataset.rows[index]) for index in step.bad_rows)
         what = f"the loss is {step.loss}, the gradient norm {step.grad_norm}: the step was not taken"
-        where = f"step {step.number}, rows {numbers[:8]}{'…' if len(numbers) > 8 else ''}"
+        where = f"step {step.number}, rows {numbers[:100]}{'…' if len(numbers) > 100 else ''}"
         self.progress.warn(f"warning: {what}\n  where:  {where}\n  count:  {in_a_row} in a row, {limit} end the run")
         if in_a_row >= limit:
             self.attempt("the last adapter", self.save_last)
@@ -159,7 +159,9 @@ class Training:
         try:
             write()
         except (OSError, InputError) as error:
-            reason = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else error
+            reason: object = error
+            if isinstance(error, OSError):
+                reason = f"{error.strerror}: {error.filename or self.files.out_dir}"
             self.progress.warn(
                 f"warning: {what} of step {self.totals.step} could not be saved\n  got:    {reason}\n"
                 f"  kept:   {self.files.newest_checkpoint or 'no checkpoint yet'}\n"
