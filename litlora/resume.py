@@ -111,6 +111,8 @@ class TrainingCheckpoint:
         if not isinstance(optimizer, dict) or not all(type(value) in (int, float) for value in optimizer.values()):
             raise _damaged(file, "no state of the optimizer")
         totals, conditions = _parse(Totals, raw.get("totals"), file), _parse(Conditions, raw.get("conditions"), file)
+        if totals.step < 0:
+            raise _damaged(file, f"step {totals.step}")
         tensors = {info.name: info for info in Shard.open(directory / TENSORS).tensors}
         return cls(directory, totals, conditions, optimizer, tensors)
 

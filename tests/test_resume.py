@@ -269,6 +269,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "format": lambda state: state.update(format=99),
     "no totals": lambda state: state.pop("totals"),
     "a step that is text": lambda state: state["totals"].update(step="8"),
+    "a step before the first": lambda state: state["totals"].update(step=-1),
     "a total too many": lambda state: state["totals"].update(more=1),
     "a choice of text": lambda state: state["conditions"]["chosen"].update(checkpointed="yes"),
     "conditions that are a list": lambda state: state.update(conditions=[1]),
