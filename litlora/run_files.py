@@ -50,16 +50,15 @@ ADAPTER = (WEIGHTS, CONFIG, RECORD)
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")  # as checkpoint.py names them; a killed run leaves some
 
 
+HEAD = ",".join(COLUMNS) + "\n"
+
+
 class MetricsFile:
     """metrics.csv, a row per optimizer step. What cannot be written stays here, and `sync` writes the whole file."""
 
     def __init__(self, file: Path, text: str = "") -> None:
-        """`text`: what the file held when the run was interrupted. Raises InputError when its columns are others."""
-        head = ",".join(COLUMNS) + "\n"
-        if text and not text.startswith(head):
-            what = "the columns of metrics.csv are those of another version"
-            raise InputError(what, where=file, got=text.partition("\n")[0][:200], wanted=head.strip())
-        self.file, self.lines = file, [text or head]
+        """`text`: what the file held when the run was interrupted."""
+        self.file, self.lines = file, [text or HEAD]
         write_text(file, self.text)
         self.stream: TextIO | None = file.open("a", newline="")
 
@@ -139,6 +138,9 @@ class RunFiles:
     def check(self, overwrite: bool, resume: str | None, checkpoint: TrainingCheckpoint | None) -> None:
         """Raises InputError when out_dir cannot be written, or holds something that would be lost. `checkpoint` is what
         `resume` found."""
+        if checkpoint is not None and not checkpoint.metrics.startswith(HEAD):
+            what, got = "the columns of metrics.csv are those of another version", checkpoint.metrics.partition("\n")[0]
+            raise InputError(what, where=checkpoint.directory, got=got[:500], wanted=HEAD.strip())
         own = whole_checkpoints(self.checkpoints)
         if checkpoint is not None and checkpoint.directory.resolve().parent == self.checkpoints.resolve():
             later = [path for path in own if step_of(path) > checkpoint.totals.step]
