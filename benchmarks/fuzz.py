@@ -191,8 +191,9 @@ def one(name: str, number: int, seed: int, desk: Path, watch: Watch, verbose: Te
         outcome = outcome_of(target.readers[number % len(target.readers)], desk, verbose)
     seconds, used = time.perf_counter() - start, memory("VmHWM") - held
     after = tree(desk.parent)
-    if (desk.parent / "canary").exists() or os.environ.get("CANARY"):
+    if (desk.parent / "canary").exists() or os.environ.pop("CANARY", None):
         outcome = "code of the file was run"
+        (desk.parent / "canary").unlink(missing_ok=True)
     elif watch.seen:
         outcome = f"outside: {watch.seen[0]}"
     elif outcome in FINE and after != before:

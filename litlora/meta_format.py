@@ -12,6 +12,7 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -279,7 +280,9 @@ def _load(file: Path) -> dict[str, Tensor]:
     """A shard, mapped. Raises InputError when it is not a zip file of tensors by name."""
     try:
         _check_archive(file)
-        state: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of pickles that torch did not write
+            state: Any = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
         fix = "only tensors are read; a pickle can run code, and this one names more than tensors"
         raise InputError("a .pth file holds other things than tensors", where=file, fix=fix) from None

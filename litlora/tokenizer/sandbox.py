@@ -30,7 +30,7 @@ from jinja2.visitor import NodeTransformer
 Made = TypeVar("Made")
 
 LENGTH = 500_000  # characters of a template; real ones have up to 30,000
-WORK = 2_000_000  # passes, calls and characters of one rendering
+WORK = 1_000_000  # passes, calls and characters of one rendering
 OUTPUT = 50_000  # characters
 PER_CHARACTER = 20  # more of both for each character that is put in
 SECONDS = 2.0  # of a CPU, beyond what a rendering may take (real templates take microseconds), all renderings together
