@@ -17,7 +17,7 @@ from settings import Setting, config_of, mean_length, random_rows
 
 from litlora.load import RandomWeights, load_model, parameter_count
 from litlora.lora import adapt, lora_parameters
-from litlora.memory import MicroBatch, choose_micro_batch
+from litlora.memory import MicroBatch, Recipe, choose_micro_batch, usable_memory
 from litlora.metrics import peak_memory, reset_peak_memory
 from litlora.model import CausalLoss, Decoder
 from litlora.ops import Ops, fastest
@@ -70,9 +70,13 @@ class Run:
 
     def cut(self, decoder: Decoder) -> MicroBatch:
         """How a step is cut into micro-batches."""
-        longest, itemsize = int(self.data.lengths.max()), self.precision.compute.itemsize
-        micro = choose_micro_batch(self.config, itemsize, longest, self.device, self.setting.checkpointing)
-        micro = replace(micro, tokens=self.setting.length or micro.tokens)
+        setting, precision = self.setting, self.precision
+        dtypes = {"dtype": precision.dtype, "compute": precision.compute, "lora_dtype": DTYPES[setting.lora_dtype]}
+        recipe = Recipe(self.config, setting.lora, setting.quantize, optimizer=setting.optimizer, **dtypes)
+        longest, memory = int(self.data.lengths.max()), usable_memory(self.device)
+        micro = choose_micro_batch(recipe, longest, memory, setting.checkpointing)
+        micro = replace(micro, tokens=setting.length or micro.tokens)
+        self.row["predicted_peak_gb"] = recipe.footprint(micro).peak / 1e9
         decoder.checkpoint_blocks = micro.checkpointed
         return micro
 

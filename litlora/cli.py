@@ -24,6 +24,7 @@ from litlora.errors import InputError
 
 COMMANDS = {
     "inspect": "show what the model will see of the data, before training",
+    "plan": "say beforehand what a finetuning run will hold, and whether it fits",
     "finetune_lora": "finetune a model with LoRA or QLoRA",
     "generate": "generate text from a base, base + adapter, or merged model",
     "chat": "hold a conversation in the terminal",

@@ -19,6 +19,7 @@ from litlora.decode import check_prompts
 from litlora.errors import InputError
 from litlora.load import meta_decoder, parameter_count
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_parameters
+from litlora.memory import Recipe
 from litlora.metrics import say
 from litlora.optimizers import require_optimizer
 from litlora.packing import step_plan
@@ -141,6 +142,15 @@ def adapter_parameters(base: Base, lora: LoRA) -> int:
     decoder = meta_decoder(base.config)
     adapt(decoder, lora)
     return sum(p.numel() for p in lora_parameters(decoder))
+
+
+def recipe_of(job: Job) -> Recipe:
+    """What the run's memory depends on."""
+    args, precision = job.args, job.precision
+    return Recipe(
+        job.base.config, job.lora, args.quantize, args.quantize_head, precision.dtype, precision.compute,
+        DTYPES[args.lora_dtype], args.optimizer,
+    )  # fmt: skip
 
 
 def disk_bytes(args: Args, parameters: int) -> int:

@@ -12,7 +12,7 @@ from lightning.fabric import Fabric
 from litlora import __version__
 from litlora.commands.common import record_style
 from litlora.commands.finetune_flags import Args, seconds_of
-from litlora.commands.finetune_job import DTYPES, Job, announce, prepare
+from litlora.commands.finetune_job import DTYPES, Job, announce, prepare, recipe_of
 from litlora.commands.finetune_report import Measures
 from litlora.commands.finetune_training import Training
 from litlora.commands.models import explained_memory
@@ -20,7 +20,7 @@ from litlora.errors import InputError
 from litlora.load import load_model
 from litlora.loggers import Loggers
 from litlora.lora import adapt, lora_modules, lora_parameters
-from litlora.memory import MicroBatch, choose_micro_batch, out_of_memory
+from litlora.memory import MicroBatch, choose_micro_batch, out_of_memory, usable_memory
 from litlora.metrics import Progress, reset_peak_memory, say
 from litlora.model import CausalLoss, Decoder
 from litlora.ops import fastest
@@ -130,8 +130,8 @@ def choose_micro(job: Job) -> MicroBatch:
         if args.activation_checkpointing != "auto":
             micro = replace(micro, checkpointed=args.activation_checkpointing == "full")
     else:
-        itemsize, longest = job.precision.compute.itemsize, job.data.longest
-        micro = choose_micro_batch(job.base.config, itemsize, longest, job.device, args.activation_checkpointing)
+        memory = usable_memory(job.device)
+        micro = choose_micro_batch(recipe_of(job), job.data.longest, memory, args.activation_checkpointing)
     return replace(micro, tokens=args.micro_batch_tokens or micro.tokens)
 
 

@@ -1,0 +1,163 @@
+"""`litlora plan`: whether a finetuning run fits, what it holds and needs, from config.json and the data alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from litlora.commands import finetune_flags
+from litlora.commands.finetune_job import Job, adapter_parameters, disk_bytes, prepare, recipe_of
+from litlora.errors import InputError
+from litlora.load import parameter_count
+from litlora.memory import SPARE, Footprint, MicroBatch, Recipe, choose_micro_batch, usable_memory
+from litlora.packing import micro_batches
+
+CONTEXT = 0.6e9  # bytes of a card that CUDA itself takes
+NAMES = {
+    "weights": "frozen weights, with quantization constants",
+    "adapter": "adapter, with its copy in 16 bit",
+    "gradients": "its gradients",
+    "optimizer": "optimizer",
+    "activations": "activations kept for the backward pass",
+    "block": "a block's backward pass",
+    "logits": "logits (a chunk; not at the same time as a block)",
+    "workspace": "workspace",
+}
+
+
+@dataclass(frozen=True)
+class Args(finetune_flags.Args):
+    """Say beforehand what a run of finetune_lora with these flags will hold, take and need; nothing is loaded.
+
+    Args:
+        gpu: the memory of a card to plan for, such as 24GB; the one in this machine without it
+        json: print JSON instead of text
+    """
+
+    gpu: str | None = None
+    json: bool = False
+
+
+def run(args: Args, given: frozenset[str] = frozenset()) -> None:
+    """Prints the plan on stdout. Raises InputError, and SystemExit(1) where no setting fits."""
+    memory = bytes_of(args.gpu) * (1 - SPARE) - CONTEXT if args.gpu is not None else usable_memory(cuda())
+    flags = {"dry_run": True, "accelerator": "cpu", "precision": args.precision or "bf16-true", "resume": None}
+    job = prepare(replace(args, **flags), given)  # type: ignore[arg-type]
+    micro = choose(job, recipe_of(job), memory)
+    plan = describe(job, recipe_of(job).footprint(micro), micro, memory)
+    if plan["fits"] is False:
+        plan["proposal"] = next((proposal for proposal in proposals(job, memory)), None)
+    print(json.dumps(plan) if args.json else "\n".join(text(plan)))
+    if plan["fits"] is False and plan["proposal"] is None:
+        raise SystemExit(1)
+
+
+def cuda() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def bytes_of(size: str) -> float:
+    """Of --gpu: 24GB is 24e9 bytes, as the makers count; GiB too. Raises InputError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|G|)", size.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise InputError("not a size of memory", where="--gpu", got=size, wanted="such as 24GB")
+    return float(found[1]) * (2**30 if found[2].lower() == "gib" else 1e9)
+
+
+def choose(job: Job, recipe: Recipe, memory: float | None) -> MicroBatch:
+    """As the run would; without a card to plan for, as one that holds everything."""
+    args, plenty = job.args, memory if memory is not None else 1e15
+    micro = choose_micro_batch(recipe, job.data.longest, plenty, args.activation_checkpointing)
+    if args.micro_batch_size:
+        return replace(micro, tokens=args.micro_batch_size * job.data.longest)
+    return replace(micro, tokens=max(args.micro_batch_tokens or micro.tokens, job.data.longest))
+
+
+def describe(job: Job, footprint: Footprint, micro: MicroBatch, memory: float | None) -> dict[str, Any]:
+    """The plan; sizes in bytes."""
+    args, data, steps = job.args, job.data, len(job.plan)
+    sample = [indices for _, indices in job.plan[:: max(1, steps // 20)]]
+    rows = args.micro_batch_size
+    cut = [micro_batches(data.dataset, i, max_tokens=None if rows else micro.tokens, max_rows=rows) for i in sample]
+    parameters = adapter_parameters(job.base, job.lora)
+    return {
+        "model": str(args.checkpoint_dir),
+        "parameters": parameter_count(job.base.config),
+        "trainable_parameters": parameters,
+        "quantize": args.quantize,
+        "precision": args.precision,
+        "rows": len(data.train),
+        "longest_row": data.longest,
+        "steps": steps,
+        "tokens": sum(int(data.dataset.lengths[indices].sum()) for _, indices in job.plan),
+        "micro_batch_tokens": micro.tokens,
+        "micro_batches_per_step": sum(map(len, cut)) / max(1, len(cut)),
+        "activation_checkpointing": "full" if micro.checkpointed else "none",
+        "parts": footprint.parts(),
+        "peak": footprint.peak,
+        "gpu": memory,
+        "fits": None if memory is None else footprint.peak <= memory,
+        "disk": disk_bytes(args, parameters),
+    }
+
+
+def proposals(job: Job, memory: float | None) -> Iterator[dict[str, Any]]:
+    """Flags under which the run fits, those that cost least first."""
+    assert memory is not None
+    steps: list[dict[str, Any]] = [
+        {"activation_checkpointing": "auto", "micro_batch_tokens": None, "micro_batch_size": None},
+        {"quantize": "bnb.nf4-dq"},
+        {"lora_dtype": "bfloat16", "optimizer": "adamw_8bit"},
+        *({"max_seq_length": length} for length in (2048, 1024, 512, 256) if length < job.data.longest),
+    ]
+    changes: dict[str, Any] = {}
+    for more in steps:
+        changes |= {name: value for name, value in more.items() if getattr(job.args, name) != value}
+        longest = min(job.data.longest, changes.get("max_seq_length") or job.data.longest)
+        recipe = recipe_of(replace(job, args=replace(job.args, **changes)))
+        micro = choose_micro_batch(recipe, longest, memory, "auto")
+        peak = recipe.footprint(micro).peak
+        if changes and peak <= memory:
+            given = {f"--{name}": value for name, value in changes.items() if value is not None}
+            dropped = [f"--{name}" for name, value in changes.items() if value is None]
+            yield {"flags": given, "without": dropped, "peak": peak, "micro_batch_tokens": micro.tokens,
+                   "activation_checkpointing": "full" if micro.checkpointed else "none"}  # fmt: skip
+
+
+def text(plan: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"model: {plan['model']}: {plan['parameters']:,} parameters, {plan['quantize'] or 'not quantized'}, "
+        f"{plan['precision']}; {plan['trainable_parameters']:,} trainable"
+    )
+    yield (
+        f"training: {plan['rows']:,} rows, the longest of {plan['longest_row']:,} tokens; {plan['steps']:,} steps, "
+        f"{plan['tokens']:,} tokens; {plan['micro_batches_per_step']:.1f} micro-batches of up to "
+        f"{plan['micro_batch_tokens']:,} tokens a step, blocks recomputed: "
+        f"{'yes' if plan['activation_checkpointing'] == 'full' else 'no'}"
+    )
+    yield "memory on the GPU, GB:"
+    for name, size in plan["parts"].items():
+        yield f"  {size / 1e9:8.2f}  {NAMES[name]}"
+    yield f"  {plan['peak'] / 1e9:8.2f}  peak"
+    if plan["gpu"] is None:
+        yield "no GPU in this machine: --gpu 24GB says whether it fits such a card"
+    else:
+        fits = "fits" if plan["fits"] else "does not fit"
+        yield f"{fits} into the {plan['gpu'] / 1e9:.2f} GB that a run may use there"
+    if plan.get("proposal"):
+        proposal = plan["proposal"]
+        flags = " ".join(f"{flag} {value}" for flag, value in proposal["flags"].items())
+        dropped = f" without {', '.join(proposal['without'])}" if proposal["without"] else ""
+        yield (
+            f"this fits: {flags}{dropped}: peak {proposal['peak'] / 1e9:.2f} GB, micro-batches of "
+            f"{proposal['micro_batch_tokens']:,} tokens, blocks recomputed: "
+            f"{'yes' if proposal['activation_checkpointing'] == 'full' else 'no'}"
+        )
+    elif plan["fits"] is False:
+        yield "nothing that can be switched makes it fit: a smaller model"
+    yield f"disk: {plan['disk'] / 1e6:,.0f} MB in --out_dir"

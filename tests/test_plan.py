@@ -1,0 +1,159 @@
+"""What a run holds, said beforehand: beside measured peaks, beside what is really loaded, and on the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from litlora.cli import call
+from litlora.config import ModelConfig
+from litlora.frozen import QUANTIZERS, make_quantizer
+from litlora.load import RandomWeights, load_model
+from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_parameters
+from litlora.memory import CPU_TOKENS, GPU_TOKENS, MicroBatch, Recipe, choose_micro_batch
+
+ROOT = Path(__file__).parents[1]
+TINY, DATA = ROOT / "checkpoints" / "tiny", ROOT / "data" / "tiny_train.json"
+LLAMA_7B = ModelConfig.from_dict(
+    {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+     "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5}
+)  # fmt: skip
+QV = LoRA(8, 16, 0.05, ("q_proj", "v_proj"))
+ALL = LoRA(16, 32, 0.0, tuple(leaf for flag, leaves in FLAG_TARGETS.items() if flag != "lora_head" for leaf in leaves))
+
+
+@pytest.mark.parametrize(
+    ("lora", "quantize", "tokens", "checkpointed", "measured"),
+    [  # peak allocated GB on an H100, with each run's longest micro-batch: benchmarks/train.py, RESULTS.md
+        (ALL, None, 8713, False, 51.74),
+        (QV, None, 8713, False, 42.83),
+        (ALL, "bnb.nf4-dq", 8713, False, 42.12),
+        (ALL, "fp8", 8713, False, 45.55),
+        (ALL, None, 5810, True, 16.79),
+        (QV, "bnb.nf4-dq", 1304, True, 4.64),
+    ],
+)
+def test_predicted_peaks_are_within_5_percent_of_measured_ones(
+    lora: LoRA, quantize: str | None, tokens: int, checkpointed: bool, measured: float
+) -> None:
+    peak = Recipe(LLAMA_7B, lora, quantize).footprint(MicroBatch(tokens, checkpointed)).peak / 1e9
+    assert abs(peak / measured - 1) < 0.05
+
+
+@pytest.mark.parametrize("quantize", [None, *QUANTIZERS])
+@pytest.mark.parametrize("quantize_head", [False, True])
+@pytest.mark.parametrize("family", ["llama", "tied", "qwen2", "qwen3"])
+def test_weights_and_adapters_are_counted_as_they_are_loaded(
+    family: str, quantize: str | None, quantize_head: bool
+) -> None:
+    raw: dict[str, object] = {"model_type": "llama" if family == "tied" else family, "vocab_size": 512}
+    raw |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
+    raw |= {"num_key_value_heads": 2, "tie_word_embeddings": family == "tied", "head_dim": 64}
+    config = ModelConfig.from_dict(raw)
+    targets = tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)
+    lora = LoRA(4, 8, 0.0, targets, rank_pattern={"layers.1.self_attn.q_proj": 8})
+    recipe = Recipe(config, lora, quantize, quantize_head and quantize is not None)
+    quantizer = make_quantizer(quantize, torch.bfloat16, torch.device("cpu"))
+    weights = RandomWeights(config, torch.bfloat16)
+    decoder = load_model(weights, quantizer, dtype=torch.bfloat16, device="cpu", quantize_head=recipe.quantize_head)
+    loaded = sum(p.numel() * p.element_size() for p in {id(p): p for p in decoder.parameters()}.values())
+    assert recipe.weight_bytes() == pytest.approx(loaded, rel=0.03)  # biases, code tables and row scales are left out
+    adapt(decoder, lora)
+    assert recipe.adapter_parameters() == sum(p.numel() for p in lora_parameters(decoder))
+
+
+def test_the_articles_counts() -> None:
+    assert Recipe(LLAMA_7B, QV).adapter_parameters() == 4_194_304
+    everything = LoRA(8, 16, 0.0, tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves))
+    assert Recipe(LLAMA_7B, everything).adapter_parameters() == 20_277_248
+
+
+@given(
+    memory=st.floats(1e9, 3e11),
+    quantize=st.sampled_from([None, *QUANTIZERS]),
+    checkpointed=st.booleans(),
+    lora=st.sampled_from([QV, ALL]),
+    optimizer=st.sampled_from(["adamw", "adamw_8bit", "sgd"]),
+)
+def test_the_room_is_the_last_micro_batch_that_fits(
+    memory: float, quantize: str | None, checkpointed: bool, lora: LoRA, optimizer: str
+) -> None:
+    recipe = Recipe(LLAMA_7B, lora, quantize, optimizer=optimizer)
+    room = recipe.room(memory, checkpointed=checkpointed)
+    assert recipe.footprint(MicroBatch(room + 1, checkpointed)).peak > memory
+    assert room == 0 or recipe.footprint(MicroBatch(room, checkpointed)).peak <= memory
+
+
+def test_more_memory_is_never_used_worse() -> None:
+    recipe, seen = Recipe(LLAMA_7B, ALL), []
+    for gigabytes in (15, 18, 20, 24, 40, 80):
+        micro = choose_micro_batch(recipe, 500, gigabytes * 1e9, "auto")
+        assert recipe.footprint(micro).peak <= gigabytes * 1e9
+        seen.append((not micro.checkpointed, micro.tokens))
+    assert seen == sorted(seen)
+    assert seen[0][0] is False
+    assert seen[-1] == (True, GPU_TOKENS)
+    assert choose_micro_batch(recipe, 500, 14e9, "auto") == MicroBatch(500, True), "a row must go in"
+    assert choose_micro_batch(recipe, 9000, None, "auto") == MicroBatch(9000, False)
+    assert choose_micro_batch(recipe, 10, None, "full") == MicroBatch(CPU_TOKENS, True)
+
+
+def plan(*flags: str) -> int:
+    return call(["plan", "--checkpoint_dir", str(TINY), "--data_path", str(DATA), *flags])
+
+
+def test_a_plan_needs_no_weights_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("*.safetensors*"))
+    before = sorted(tmp_path.rglob("*"))
+    assert plan("--checkpoint_dir", str(base), "--out_dir", str(tmp_path / "out"), "--gpu", "1GB") == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    out = capsys.readouterr().out
+    assert "frozen weights" in out
+    assert "fits into the 0.35 GB that a run may use there" in out
+
+
+def test_json_holds_what_the_run_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--batch_size", "16", "--max_steps", "7", "--lora_mlp", "true", "--quantize", "bnb.nf4", "--gpu", "24GB")
+    assert plan(*flags, "--json", "true") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 7
+    assert found["trainable_parameters"] == 138_240
+    assert found["fits"] is True
+    parts = found["parts"]
+    held = sum(size for name, size in parts.items() if name not in ("block", "logits"))
+    assert found["peak"] == held + max(parts["block"], parts["logits"])
+
+
+def test_what_does_not_fit_gets_the_flags_that_do(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    base = tmp_path / "7b"
+    shutil.copytree(TINY, base, ignore=shutil.ignore_patterns("*.safetensors*"))
+    config = json.loads((base / "config.json").read_text())
+    config |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    (base / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 32, "head_dim": 128}))
+    big = ("--checkpoint_dir", str(base))
+    assert plan(*big, "--gpu", "16GB", "--activation_checkpointing", "none", "--micro_batch_tokens", "8000") == 0
+    out = capsys.readouterr().out
+    assert "does not fit into the 14.60 GB" in out
+    assert "this fits: --activation_checkpointing auto without --micro_batch_tokens" in out
+    assert plan(*big, "--gpu", "12GB", "--json", "true") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["proposal"]["flags"] == {"--quantize": "bnb.nf4-dq"}
+    assert found["proposal"]["peak"] <= found["gpu"] < found["peak"]
+    assert plan(*big, "--gpu", "3GB") == 1
+    assert "nothing that can be switched makes it fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", ["lots", "0GB", "24TB", ""])
+def test_a_bad_size_is_one_message(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan("--gpu", size) == 2
+    error = capsys.readouterr().err
+    assert "not a size of memory" in error
+    assert "24GB" in error
