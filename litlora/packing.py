@@ -114,7 +114,14 @@ def pad(batch: Batch, tokens: int, kept: int, sequences: int) -> Batch:
 def micro_batches(
     dataset: Dataset, indices: Sequence[int], *, max_tokens: int | None = None, max_rows: int | None = None
 ) -> list[Batch]:
-    """One optimizer step's examples in micro-batches; each example is in exactly one.
+    """One optimizer step's examples in micro-batches, as `packs` puts them together."""
+    return [collate(dataset, pack) for pack in packs(dataset, indices, max_tokens=max_tokens, max_rows=max_rows)]
+
+
+def packs(
+    dataset: Dataset, indices: Sequence[int], *, max_tokens: int | None = None, max_rows: int | None = None
+) -> list[list[int]]:
+    """One optimizer step's examples by micro-batch; each example is in exactly one.
 
     Args:
         max_tokens: packs of nearly equal length, as few as hold at most so many tokens each; a longer example is a
@@ -130,7 +137,7 @@ def micro_batches(
         groups = [[indices[place] for place in pack] for pack in _spread(lengths, max_tokens)]
     else:
         groups = [list(indices)]
-    return [collate(dataset, group) for group in groups if group]
+    return [group for group in groups if group]
 
 
 def _spread(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -77,20 +77,26 @@ def train(
     schedule: Callable[[int], float],
     max_norm: float | None,
     done: int = 0,
-    longest: int | None = None,
+    largest: Batch | None = None,
 ) -> Iterator[Step]:
     """Runs the optimizer steps of `batches`, (epoch, micro-batches) each, and yields after every one.
 
     `model` is the CausalLoss that fabric.setup gave back; `schedule` is the learning rate's factor by step from 0;
-    `done` steps were taken before. `longest`: tokens of a run's longest micro-batches, by which is chosen how they are
-    launched; those of the first step without it. A step without a trained token is skipped and not counted.
+    `done` steps were taken before. `largest`: the run's largest micro-batch, else the first step's; by it is chosen how
+    they are launched, and on a GPU it is tried before the first step, so that a run that will not fit fails at once.
+    A step without a trained token is skipped and not counted.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = iter(batches)
     first = list(islice(steps, 1))
-    if longest is None:
-        longest = max((len(batch.input_ids) for _, step in first for batch in step), default=0)
-    number, micro_step = done, fastest_micro_step(fabric, model, parameters, longest)
+    if largest is None:
+        largest = max(
+            (batch for _, step in first for batch in step), key=lambda batch: len(batch.input_ids), default=None
+        )
+    number, tokens = done, 0 if largest is None else len(largest.input_ids)
+    micro_step = fastest_micro_step(fabric, model, parameters, tokens)
+    if largest is not None and fabric.device.type == "cuda":
+        _rehearse(micro_step, largest, optimizer, fabric.device)
     started = time.perf_counter()
     for work in _ahead(_Work.of(epoch, step, micro_step) for epoch, step in chain(first, steps)):
         if work.trained == 0:
@@ -104,6 +110,13 @@ def train(
         seconds = time.perf_counter() - started
         yield Step(number, work.epoch, loss, rate, norm, clipped, work.tokens, work.trained, seconds, bad_rows)
         started = time.perf_counter()
+
+
+def _rehearse(micro_step: MicroStep, batch: Batch, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Forward and backward of a micro-batch, whose gradient is thrown away."""
+    with undisturbed(device):
+        micro_step(micro_step.prepare(batch), max(1, batch.trained_tokens))
+    optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
 
 
 @dataclass(frozen=True)

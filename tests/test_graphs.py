@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from litlora import graphs
+from litlora import graphs, train
 from litlora.config import ModelConfig
 from litlora.frozen import make_quantizer
 from litlora.graphs import Captured, Eager, Shape
@@ -111,6 +111,19 @@ def test_small_micro_batches_are_captured_and_large_ones_not() -> None:
             most = int(graphs.LAUNCH_BOUND / (share * weights))
             kinds = [type(graphs.fastest_micro_step(fabric, model, [], tokens)) for tokens in (most, most + 1)]
             assert kinds == [Captured, Eager]
+
+
+def test_a_rehearsal_leaves_nothing_behind() -> None:
+    """The largest micro-batch is tried before the first step: no gradient stays, no random number is gone."""
+    fabric: Any = Plain("cpu")
+    model = model_of("cpu", torch.float32, Ops(), dropout=0.1)
+    parameters, seen = lora_parameters(model), []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    state = torch.get_rng_state()
+    train._rehearse(Eager(fabric, model), batch_of([9, 4]), torch.optim.SGD(parameters, lr=1.0), fabric.device)
+    assert seen
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in parameters)
 
 
 def run(step: Any, model: CausalLoss, batches: list[Batch], seed: int) -> list[Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from litlora.cli import call
+from litlora.commands import finetune_lora
 from litlora.config import ModelConfig
 from litlora.frozen import QUANTIZERS, make_quantizer
 from litlora.load import RandomWeights, load_model
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_parameters
 from litlora.memory import CPU_TOKENS, GPU_TOKENS, MicroBatch, Recipe, choose_micro_batch
+from litlora.packing import Batch
+from litlora.train import train
 
 ROOT = Path(__file__).parents[1]
 TINY, DATA = ROOT / "checkpoints" / "tiny", ROOT / "data" / "tiny_train.json"
@@ -157,3 +162,21 @@ def test_a_bad_size_is_one_message(size: str, capsys: pytest.CaptureFixture[str]
     error = capsys.readouterr().err
     assert "not a size of memory" in error
     assert "24GB" in error
+
+
+def test_the_largest_micro_batch_of_the_whole_run_is_tried_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def spy(fabric: Any, model: Any, optimizer: Any, batches: Any, *, largest: Batch, **settings: Any) -> Iterator[Any]:
+        every = [len(batch.input_ids) for _, step in batches for batch in step]
+        seen.append((len(largest.input_ids), max(every)))
+        return train(fabric, model, optimizer, iter(()), **settings)
+
+    monkeypatch.setattr(finetune_lora, "train", spy)
+    for cut in ("--micro_batch_size", "--micro_batch_tokens"):
+        flags = ["--checkpoint_dir", str(TINY), "--data_path", str(DATA), "--out_dir", str(tmp_path / cut)]
+        call(["finetune_lora", *flags, "--batch_size", "24", "--max_steps", "9", cut, "7" if "size" in cut else "300"])
+    assert len(seen) == 2
+    assert all(found == wanted for found, wanted in seen)

@@ -25,7 +25,7 @@ from litlora.metrics import Progress, reset_peak_memory, say
 from litlora.model import CausalLoss, Decoder
 from litlora.ops import fastest
 from litlora.optimizers import make_optimizer, make_schedule
-from litlora.packing import Batch, micro_batches
+from litlora.packing import Batch, collate, micro_batches, packs
 from litlora.peft_format import Record, load_factors
 from litlora.resume import Totals
 from litlora.run_files import RunFiles
@@ -140,11 +140,10 @@ def fit(training: Training, stop: Stop) -> str | None:
     end. Raises TrainingError when it cannot go on."""
     job, args, totals = training.job, training.job.args, training.totals
     schedule = make_schedule(args.lr_schedule, args.warmup_steps, len(job.plan))
-    # of the first step, also of a resumed run: launched in another way a micro-batch has other last digits
-    longest = max(len(batch.input_ids) for batch in next(batches(job, training.micro, 0))[1])
     steps = train(
         training.fabric, training.model, training.optimizer, batches(job, training.micro, totals.step),
-        learning_rate=args.learning_rate, schedule=schedule, max_norm=args.max_norm, done=totals.step, longest=longest,
+        learning_rate=args.learning_rate, schedule=schedule, max_norm=args.max_norm, done=totals.step,
+        largest=largest_batch(job, training.micro),
     )  # fmt: skip
     with stop, training.progress:
         while not training.ended:
@@ -166,6 +165,15 @@ def batches(job: Job, micro: MicroBatch, done: int) -> Iterator[tuple[int, list[
     rows = job.args.micro_batch_size
     for epoch, indices in job.plan[done:]:
         yield epoch, micro_batches(job.data.dataset, indices, max_tokens=None if rows else micro.tokens, max_rows=rows)
+
+
+def largest_batch(job: Job, micro: MicroBatch) -> Batch:
+    """Of the whole run's micro-batches, also of a resumed one's: launched in another way it would have other last
+    digits."""
+    rows, dataset = job.args.micro_batch_size, job.data.dataset
+    cut = {"max_tokens": None if rows else micro.tokens, "max_rows": rows}
+    every = (pack for _, indices in job.plan for pack in packs(dataset, indices, **cut))
+    return collate(dataset, max(every, key=lambda pack: (dataset.lengths[pack].sum(), dataset.lengths[pack].max())))
 
 
 def first_record(job: Job) -> Record:
