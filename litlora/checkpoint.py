@@ -234,27 +234,31 @@ def require_directory(directory: Path) -> None:
 
 def refuse_links(directory: Path) -> None:
     """Raises InputError for a file in `directory` that is a link out of it: it could be any file of this machine, and a
-    merge copies what lies beside the weights. In the hub's cache, links to its blobs are what the files are."""
-    root = directory.resolve()
-    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    merge copies what lies beside the weights."""
     templates = directory / CHAT_TEMPLATES
+    refuse_link(templates)
     for path in (*directory.iterdir(), *(templates.iterdir() if templates.is_dir() else ())):
-        if path.is_symlink() and (path.is_file() or path == templates):
-            target = path.resolve()
-            if not any(home in target.parents for home in homes):
-                what, fix = (
-                    "a link that leads out of its directory",
-                    "put the file itself in its place (cp or ln, not ln -s)",
-                )
-                raise InputError(what, where=path, got=f"it leads to {target}", fix=fix)
+        if path.is_file():
+            refuse_link(path)
+
+
+def refuse_link(path: Path) -> None:
+    """Raises InputError for a link that leads out of its directory. In the hub's cache, links to its blobs are what the
+    files are: snapshots/REVISION/FILE -> ../../blobs/HASH."""
+    if path.is_symlink():
+        root, target = path.parent.resolve(), path.resolve()
+        cached = [above.parents[1] / "blobs" for above in (root, root.parent) if above.parent.name == "snapshots"]
+        if not any(home in target.parents for home in (root, *cached)):
+            fix = "put the file itself in its place (cp or ln, not ln -s)"
+            raise InputError("a link that leads out of its directory", where=path, got=target, fix=fix)
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises InputError with the line when it is missing or malformed."""
+    if not os.path.isfile(file):  # a device has no end
+        raise InputError("a file is missing", where=file)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError("a file is missing", where=file) from None
     except json.JSONDecodeError as error:
         raise InputError("malformed JSON", where=f"{file}, line {error.lineno}", got=error.msg) from None
     except UnicodeDecodeError:

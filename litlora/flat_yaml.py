@@ -20,10 +20,11 @@ def read_flat_yaml(file: Path) -> dict[str, Any]:
     themselves a billion times over (anchors and aliases), so these are refused before anything is made of them.
     """
     try:
-        if file.is_file() and file.stat().st_size > LARGEST:
-            got, wanted = f"{file.stat().st_size:,} bytes", f"at most {LARGEST:,}"
-            raise InputError("the config is too large", where=file, got=got, wanted=wanted)
-        text = file.read_text(encoding="utf-8-sig")
+        with file.open("rb") as stream:
+            content = stream.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise InputError("the config is too large", where=file, wanted=f"at most {LARGEST:,} bytes")
+        text = content.decode("utf-8-sig")
         _require_flat(text, file)
         value = yaml.safe_load(text)
     except InputError:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litlora.checkpoint import write_json, write_text
+from litlora.checkpoint import refuse_link, write_json, write_text
 from litlora.errors import InputError
 
 NAME = "tokenizer.model"
@@ -47,6 +47,7 @@ class MetaTokenizer(ABC):
         file = next((place for place in places if place.is_file()), None)
         if file is None:
             raise InputError(f"no {NAME} beside the weights", where=directory, fix="copy it there from Meta's download")
+        refuse_link(file)
         with file.open("rb") as stream:
             first = stream.readline(4096)
         if re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+\s*", first):

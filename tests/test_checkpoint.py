@@ -499,3 +499,34 @@ def test_the_disk_is_measured_where_the_output_will_lie(tmp_path: Path) -> None:
     require_disk(tmp_path / "not" / "yet", 1000)
     with pytest.raises(InputError, match="too little free disk"):
         require_disk(tmp_path / "not" / "yet", 2 * free + 10**12)
+
+
+def test_links_stay_in_their_directory(tmp_path: Path) -> None:
+    """In the hub's cache every file is a link to a blob; a link anywhere else is refused before anything is read."""
+    hub = tmp_path / "models--a--b"
+    snapshot, blobs = hub / "snapshots" / "0123", hub / "blobs"
+    (snapshot / "additional_chat_templates").mkdir(parents=True)
+    blobs.mkdir()
+    save_file({"a": torch.ones(2)}, blobs / "hash")
+    (blobs / "text").write_text("x")
+    (snapshot / SINGLE).symlink_to("../../blobs/hash")
+    (snapshot / "additional_chat_templates" / "t.jinja").symlink_to("../../../blobs/text")
+    (snapshot / "latest").symlink_to(tmp_path)  # a directory, which nobody reads
+    assert list(Checkpoint(snapshot).tensors) == ["a"]
+    (tmp_path / "link").symlink_to(snapshot)  # the directory itself may be one
+    assert list(Checkpoint(tmp_path / "link").tensors) == ["a"]
+    (snapshot / "b").symlink_to(SINGLE)
+    Checkpoint(snapshot)
+    (tmp_path / "private").write_text("x")
+    for place, to in (("notes.txt", "../../../private"), ("additional_chat_templates/x.jinja", "/etc/passwd")):
+        (snapshot / place).symlink_to(to)
+        with pytest.raises(InputError, match="a link that leads out of its directory"):
+            Checkpoint(snapshot)
+        (snapshot / place).unlink()
+    Checkpoint(snapshot)
+
+
+def test_a_device_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "x.json").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match="a file is missing"):
+        read_json(tmp_path / "x.json")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import struct
 import tempfile
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+# what zipfile raises for damage, beside Python's own
+_DAMAGED = (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, struct.error)
 _LOG = logging.getLogger("litlora")
 
 
@@ -107,7 +111,7 @@ def load(path: Path) -> Dataset | None:
             dataset = Dataset(ids, trained, offsets, rows, counts, file["truncated"], file["straddling"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, *_DAMAGED) as error:
         _LOG.warning("the cached data in %s are damaged and made again: %s", path, error)
         return None
     fits = len(dataset.flat_ids) == len(dataset.flat_trained) == dataset.offsets[-1]
