@@ -6,10 +6,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
 from litlora.commands.data_flags import DataArgs
 from litlora.errors import InputError
+from litlora.flat_yaml import read_flat_yaml
 from litlora.metrics import say
 from litlora.run_files import SETTINGS
 
@@ -37,11 +36,9 @@ def as_in_the_run(args: Args, directory: Path, given: frozenset[str]) -> Args:
 def read_settings(file: Path, names: list[str]) -> dict[str, Any]:
     """The values of data flags in a run's settings. Raises InputError."""
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError("the run's settings cannot be read", where=file, got=first) from None
-    raw = raw if isinstance(raw, dict) else {}
+        raw = read_flat_yaml(file)
+    except InputError as error:
+        raise InputError("the run's settings cannot be read", where=file, got=str(error).splitlines()[0]) from None
     hints = get_type_hints(DataArgs)
     found = {name: raw[name] for name in names if name in raw}
     wrong = [f"{name}: {str(value)[:40]}" for name, value in found.items() if not _fits(hints[name], value)]

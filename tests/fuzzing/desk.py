@@ -48,6 +48,8 @@ def make_desk(root: Path) -> Path:
     _weights(desk / "sp", 9_000)
     _data(desk)
     _adapter(desk / "adapter", desk / "json")
+    _adapter(desk / "own", desk / "json")  # with the settings of the run that made it
+    (desk / "own" / "hyperparameters.yaml").write_text("data: alpaca\nmax_seq_length: 64\nmask_prompt: true\nseed: 3\n")
     _run(desk / "run", desk / "json")
     _meta(desk / "meta", desk / "sp" / "tokenizer.model")
     _llama3(desk / "llama3")

@@ -104,6 +104,14 @@ def _loss(base: str, *adapters: str, file: str = "rows.json", **flags: Any) -> R
     return read
 
 
+def _as_in_the_run(desk: Path) -> None:
+    """The data are given by hand: what settings name, validate reads, as it says."""
+    from litlora.commands import validate
+
+    args = validate.Args(desk / "json", lora_path=(desk / "own",), val_path=desk / "rows.json", accelerator="cpu")
+    validate.run(args, frozenset({"val_path"}))
+
+
 def _inspect(desk: Path) -> None:
     from litlora.commands import inspect
 
@@ -455,6 +463,7 @@ TARGETS: Mapping[str, Target] = {
     "--config FILE.yaml": Target("run.yaml", _YAML, (_config,), links=False),
     "the cache of tokenized rows": Target("cached/rows.npz", damage_bytes, (_cached_rows,), links=False),
     "hyperparameters.yaml": Target("run/hyperparameters.yaml", _YAML, (_report,), links=False),
+    "hyperparameters.yaml of an adapter": Target("own/hyperparameters.yaml", _YAML, (_as_in_the_run,)),
     "metrics.csv": Target("run/metrics.csv", _CSV, (_report,), links=False),
     "summary.json": Target("run/summary.json", _JSON, (_report,), links=False),
     "samples.jsonl": Target("run/samples.jsonl", _LINED, (_report,), links=False),
