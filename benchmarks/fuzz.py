@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -80,8 +80,8 @@ class Watch:
             "/etc/localtime",
             *sys.path,
         )
-        self.writable = [os.path.realpath(path) for path in (desk, "/dev/null")]
-        self.readable = [*self.writable, *(os.path.realpath(path) for path in readable if path)]
+        self.writable = [os.path.realpath(str(path)) for path in (desk, "/dev/null")]
+        self.readable = [*self.writable, *(os.path.realpath(str(path)) for path in readable if path)]
         self.seen: list[str] = []
         self.on = False
         sys.addaudithook(self.hook)
@@ -191,7 +191,7 @@ def one(name: str, number: int, seed: int, desk: Path, watch: Watch, verbose: Te
         outcome = outcome_of(target.readers[number % len(target.readers)], desk, verbose)
     seconds, used = time.perf_counter() - start, memory("VmHWM") - held
     after = tree(desk.parent)
-    if (desk.parent / "canary").exists() or os.environ.pop("CANARY", None):
+    if (desk.parent / "canary").exists() or os.environ.pop("CANARY", ""):
         outcome = "code of the file was run"
         (desk.parent / "canary").unlink(missing_ok=True)
     elif watch.seen:
@@ -264,7 +264,7 @@ def batch(name: str, numbers: range, seed: int, desk: Path) -> Iterator[Result]:
             os.waitpid(child, 0)
 
 
-def _results(reading: int, numbers: range) -> Iterator[Result]:
+def _results(reading: int, numbers: range) -> Generator[Result, None, int | None]:
     """Gives the results as they come; returns the number that no result came for, if any."""
     current, text, began, patience = numbers.start, b"", time.perf_counter(), 120.0  # until the first is announced
     while True:
