@@ -4,6 +4,7 @@ it."""
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -116,6 +117,14 @@ def _inspect(desk: Path) -> None:
     from litlora.commands import inspect
 
     inspect.run(inspect.Args(checkpoint_dir=desk / "json", data="json", data_path=desk / "rows.json", val_split=0.5))
+
+
+def _plan(desk: Path) -> None:
+    from litlora.commands import plan
+
+    files = {"checkpoint_dir": desk / "json", "data_path": desk / "rows.json", "out_dir": desk / "out"}
+    with contextlib.suppress(SystemExit):  # where no setting fits
+        plan.run(plan.Args(data="json", gpu="24GB", **files))
 
 
 def _merge(desk: Path) -> None:
@@ -426,7 +435,7 @@ TARGETS: Mapping[str, Target] = {
     "model.safetensors": Target("json/model.safetensors", _SAFETENSORS, _BASE),
     "a shard": Target("sp/model-00002-of-@.safetensors", _SAFETENSORS, _SHARDS),
     "model.safetensors.index.json": Target("sp/model.safetensors.index.json", mixed((5, _index), (5, _JSON)), _SHARDS),
-    "config.json": Target("json/config.json", mixed((2, _SIZES), (8, _JSON)), _BASE),
+    "config.json": Target("json/config.json", mixed((2, _SIZES), (8, _JSON)), (*_BASE, _plan, _inspect)),
     "config.json, large": Target("json/config.json", _large, _BASE, share=0.05),
     "generation_config.json": Target("json/generation_config.json", _JSON, _BASE),
     "adapter_config.json": Target("adapter/adapter_config.json", mixed((3, _adapter_settings), (7, _JSON)), _ADAPTED),
