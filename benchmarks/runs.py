@@ -71,8 +71,10 @@ class Run:
     def cut(self, decoder: Decoder) -> MicroBatch:
         """How a step is cut into micro-batches."""
         setting, precision = self.setting, self.precision
-        dtypes = {"dtype": precision.dtype, "compute": precision.compute, "lora_dtype": DTYPES[setting.lora_dtype]}
-        recipe = Recipe(self.config, setting.lora, setting.quantize, optimizer=setting.optimizer, **dtypes)
+        recipe = Recipe(
+            self.config, setting.lora, setting.quantize, False, precision.dtype, precision.compute,
+            DTYPES[setting.lora_dtype], setting.optimizer,
+        )  # fmt: skip
         longest, memory = int(self.data.lengths.max()), usable_memory(self.device)
         micro = choose_micro_batch(recipe, longest, memory, setting.checkpointing)
         micro = replace(micro, tokens=setting.length or micro.tokens)
