@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,15 @@ def test_time_is_one_account_for_all_renderings(monkeypatch: pytest.MonkeyPatch)
         many(3)
 
 
+def test_an_account_ends_with_its_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put into the next one is weighed on nobody's account."""
+    template = Template("{{ messages | length }}")
+    assert template.render(messages=[1]) == "1"
+    later = time.thread_time() + 3600
+    monkeypatch.setattr(sandbox.time, "thread_time", lambda: later)
+    assert template.render(messages=list(range(100_000))) == "100000"
+
+
 def test_threads_have_their_own_account() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -130,7 +140,11 @@ REAL = {
         {{ 7 // 2 }} {{ 7 % 4 }}
         {{ messages | map(attribute='content') | map('length') | sum }}
         {{ [1, 2, 3, 4] | batch(2) | list }} {{ '<b>' | e }}
-        {{ dict(a=1, b=[2]) }} {{ (1, 'a', bos_token) }} {{ 'abc' | list }} {{ 'a-b' | replace('-', '') | string }}""",
+        {{ dict(a=1, b=[2]) }} {{ (1, 'a', bos_token) }} {{ 'abc' | list }}
+        {{ 'a\\nb' | indent(width=2, first=true) }} {{ 2.555 | round(precision=1) }}
+        {{ [1, 2, 3] | batch(linecount=2) | list }}
+        {{ [] }} {{ messages[1:2] }} {{ 'x' if 2 > 1 > 0 else 'y' }} {{ 3 in [1, 2, 3] and 'in' }} {{ none }} {{ true }}
+        {{ 'a-b' | replace('-', '') | string }}""",
     "tests": """{%- if tools is not none %}{{ tools }}{% endif -%} {% for m in messages %}
         {% if not loop.first %}{% continue %}{% endif %}{{- m['content'].strip().startswith('Be') }}
         {{ m.get('tool_calls', 'none') }}{{ 'content' in m }}{{ m.content is string }}{{ m.x is defined }}{% endfor %}

@@ -29,7 +29,8 @@ from jinja2.visitor import NodeTransformer
 
 Made = TypeVar("Made")
 
-LENGTH = 500_000  # characters of a template; real ones have up to 30,000
+LENGTH = 100_000  # characters of a template; real ones have up to 30,000
+NODES = 8000  # of its syntax tree; real ones have up to 3,000, and the compiler takes 7 KB of memory for each
 WORK = 1_000_000  # passes, calls and characters of one rendering
 OUTPUT = 50_000  # characters
 PER_CHARACTER = 20  # more of both for each character that is put in
@@ -102,12 +103,18 @@ class _Generation(Extension):
 
 
 class _Metered(NodeTransformer):
-    """Puts a toll into every loop, and a scale under every container that is made."""
+    """Puts a toll into every loop and comparison, and a scale under every container that is made."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("toll", lineno=node.lineno), lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_toll(node), lineno=node.lineno))
+        if node.test is not None:  # the passes that it leaves out are passes, too
+            node.test = nodes.And(_toll(node), node.test, lineno=node.lineno)
         return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        return nodes.And(_toll(node), node, lineno=node.lineno)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -132,6 +139,10 @@ class _Metered(NodeTransformer):
         return node if fixed else _call("weighed", node)
 
 
+def _toll(node: nodes.Node) -> nodes.Expr:
+    return nodes.EnvironmentAttribute("toll", lineno=node.lineno)
+
+
 def _call(name: str, argument: nodes.Expr) -> nodes.Call:
     function = nodes.EnvironmentAttribute(name, lineno=argument.lineno)
     return nodes.Call(function, [argument], [], None, None, lineno=argument.lineno)
@@ -143,19 +154,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(extensions=[_Generation, loopcontrols], **options)
+        super().__init__(extensions=[_Generation, loopcontrols], finalize=_written, **options)
+        self.tests = {name: _paid("", plain) for name, plain in self.tests.items()}
         self.filters = {name: _paid(name, plain) for name, plain in self.filters.items() if name not in _SLOW_FILTERS}
         self.filters["tojson"] = _to_json
         del self.globals["lipsum"]
         self.globals |= {"namespace": _Namespace, "raise_exception": _raise_exception, "strftime_now": _strftime_now}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = _Metered().visit(super()._parse(source, name, filename))
-        return tree
+        tree = super()._parse(source, name, filename)
+        if sum(1 for _ in tree.find_all(nodes.Node)) > NODES:
+            raise jinja2.TemplateError("the template is too large")
+        metered: nodes.Template = _Metered().visit(tree)
+        return metered
 
     @property
-    def toll(self) -> None:
+    def toll(self) -> bool:
         _tick()
+        return True
 
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
@@ -186,7 +202,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 _weigh(argument)
         text, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(text, (str, bytes)) and name in _BEFORE:
-            args = _BEFORE[name](text, *args)
+            args = _BEFORE[name](text, *args, **kwargs)
         return _made(super().call(context, obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -221,24 +237,30 @@ def _made(value: Any) -> Any:
     return value
 
 
+def _written(value: Any) -> Any:
+    """What {{ value }} writes."""
+    return _made(str(value)) if isinstance(value, CONTAINERS) else value
+
+
 # --- what is paid for before it is made: each takes a method's text and arguments, and gives the arguments
 
 
-def _padded(text: Any, width: int = 0, *rest: Any) -> tuple[Any, ...]:
-    if not -WIDTH <= width <= WIDTH:
-        raise jinja2.TemplateRuntimeError(f"the template asks for a width of {width}")
-    return (width, *rest)
+def _padded(text: Any, *arguments: Any, **named: Any) -> tuple[Any, ...]:
+    for width in (*arguments[:1], *named.values()):
+        if isinstance(width, int) and not -WIDTH <= width <= WIDTH:
+            raise jinja2.TemplateRuntimeError(f"the template asks for a width of {width}")
+    return arguments
 
 
-def _indented(text: Any, width: int | str = 4, *rest: Any) -> tuple[Any, ...]:
+def _indented(text: Any, width: int | str = 4, *rest: Any, **named: Any) -> tuple[Any, ...]:
     size = len(width) if isinstance(width, str) else _padded(text, width)[0]
     _pay(size * (1 + str(text).count("\n")))
     return (width, *rest)
 
 
-def _replaced(text: Any, old: Any, new: Any, *rest: Any) -> tuple[Any, ...]:
-    text, old, new = (item if isinstance(item, bytes) else str(item) for item in (text, old, new))
-    _pay((text.count(old) if old else len(text) + 1) * len(new))
+def _replaced(text: Any, old: Any, new: Any, *rest: Any, **named: Any) -> tuple[Any, ...]:
+    found = text.count(old) if isinstance(text, bytes) else str(text).count(str(old))
+    _pay(found * len(new if isinstance(new, bytes) else str(new)))
     return (old, new, *rest)
 
 
@@ -248,7 +270,7 @@ def _joined(text: Any, items: Any) -> tuple[Any, ...]:
     return (listed,)
 
 
-def _formatted(text: Any, *args: Any) -> tuple[Any, ...]:
+def _formatted(text: Any, *args: Any, **named: Any) -> tuple[Any, ...]:
     """Refuses a format with a large width, or one that is given among the arguments."""
     if re.search(r"\d{4}|\*|\{[^{}]*\{", str(text)):
         raise jinja2.TemplateRuntimeError("the template asks for too wide a field")
@@ -267,8 +289,8 @@ _SLOW_METHODS = {"translate", "maketrans", "encode", "decode", "to_bytes", "from
 _SLOW_FILTERS = {"wordwrap", "urlize", "xmlattr", "pprint"}
 
 
-def _paid(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter with its price; jinja2's marks, on what it is given beside the value, stay."""
+def _paid(name: str, plain: Any) -> Callable[..., Any]:
+    """A filter or a test with its price; jinja2's marks, on what it is given beside the value, stay."""
     before = _BEFORE.get(name)
     given = hasattr(plain, "jinja_pass_arg")  # the context or such comes first
 
@@ -298,7 +320,6 @@ class Template:
             self._template = self._metered(lambda: sandbox.from_string(source), len(source))
 
     def render(self, **values: Any) -> str:
-        _purse.units = float("inf")
         size = _weigh(list(values.values()))
         text = self._metered(lambda: self._template.render(values), size)
         if len(text) > OUTPUT + PER_CHARACTER * size:
@@ -320,6 +341,7 @@ class Template:
             raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
         finally:
             self._seconds -= max(0.0, time.thread_time() - start - free)
+            _purse.units = _purse.until = float("inf")
 
 
 def _raise_exception(message: str) -> None:

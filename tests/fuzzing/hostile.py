@@ -47,6 +47,8 @@ TIME = (
     "{{ 9 ** 9 ** 9 ** 9 }}", "{{ 10 ** 99999 }}", "{{ 5 | round(-10 ** 10) }}", "{{ [1] | slice(10 ** 10) | list }}",
     "{{ ('a ' * 99999) | wordwrap(1) }}", "{{ ('<' * 99999) | striptags }}", "{{ ('http://' * 9999) | urlize }}",
     "{{ ('ü' * 99999).encode('punycode') }}", "{{ ('a' * 99999).split('a') | map('upper') | list | join }}",
+    "{% set l = range(99999) | list %}{% for x in l if 'a' in l %}{% endfor %}", "{{ range(99999) | select('in', range(99999) | list) | list }}",
+    "{% set l = range(99999) | list %}{{ range(99999) | reject('eq', l) | map('string') | select('in', l) | list }}", "{% set l = range(99999) | list %}" + "{{ 'a' in l }}" * 3000,
     "{{ range(10 ** 10) | list }}", "{{ range(99999) | map('string') | sort | unique | list | join }}",
 )  # fmt: skip
 MEMORY = (
@@ -55,6 +57,9 @@ MEMORY = (
     _growing("'a'", "[ns.x, ns.x] | join"), _growing("'a'", "'%s%s' % (ns.x, ns.x)"), _growing("'a'", "ns.x[0:] ~ ns.x[0:]"),
     _growing("'a'", "'{0}{0}'.format(ns.x)"), _growing("'a\\n'", "ns.x | indent(900)"), _growing("[1]", "ns.x + ns.x"),
     _growing("[]", "ns.x + [messages | tojson]").replace("200", "99999"),
+    "{% set l = range(99999) | list %}{% set x %}{% for i in range(9999) %}{{ l }}{% endfor %}{% endset %}", "{{ 'a\\t'.expandtabs(tabsize=10 ** 11) }}",
+    "{{ 'a' | center(width=10 ** 11) }}", "{{ [1] | batch(linecount=10 ** 10, fill_with=0) | list }}", "{{ 'a' | indent(width=10 ** 11, first=true) }}",
+    "{% set l = range(99999) | list %}{% macro f() %}{{ l }}{{ l }}{% endmacro %}{% for i in range(9999) %}{% set x = f() %}{% endfor %}",
     "{% set x %}{{ 'a' * 99999 }}{% endset %}{% for i in range(99999) %}{{ x }}{% endfor %}",
     "{% set ns = namespace(x='aaaa') %}{% for i in range(200) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
     "{{ 'a' * 10 ** 12 }}", "{{ [0] * 10 ** 11 }}", "{{ (1, 2) * 10 ** 11 }}", "{{ 'a'.ljust(10 ** 11) }}",
@@ -86,7 +91,7 @@ WRONG = (
     "{% generation %}x{% endgeneration %}", "{% for x in 5 %}{% endfor %}", "{% raw %}{{{% endraw %}", "{{ 5() }}",
     "{{ " + "(" * 3000, "{{ 1 " + "+ 1 " * 5000 + "}}", "{% if 1 %}" * 200, "{{ " + "-" * 9000 + "1 }}",
     "{% if 1 %}" * 50 + "{% endif %}" * 50, "{% for i in range(10) %}" * 25 + _END * 25, "{{ x" + ".a" * 3000 + " }}",
-    "{{ 'a' | " + "upper | " * 3000 + "lower }}", "{{ [" + "[" * 500 + "]" * 500 + "] }}", "a" * 400_000, "a" * 600_000,
+    "{{ 'a' | " + "upper | " * 3000 + "lower }}", "{{ [" + "[" * 500 + "]" * 500 + "] }}", "a" * 59_000, "a" * 600_000, "{{ [x, x] }}" * 4000, "{{ 1" + "~x" * 7000 + " }}",
     "{{ strftime_now('%d %b %Y') }}", "{{ strftime_now(1) }}", "{{ strftime_now('\\ud800') }}", "{% set x = %}",
 )  # fmt: skip
 TEMPLATES = (*TIME, *MEMORY, *PYTHON, *WRONG)
