@@ -6,6 +6,7 @@ Sizes: N tokens, B rows, T tokens of the cache, H heads, K key/value heads, D he
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,31 @@ class KVCache:
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
+class Spans:
+    """Free tokens of the cache: a row gets the first span that is long enough."""
+
+    def __init__(self, first: int, end: int) -> None:
+        self.free = [(first, end)]  # in order, never side by side
+        self.taken: dict[int, int] = {}  # start -> end
+
+    def take(self, tokens: int) -> int | None:
+        """The start of a span, None where none is long enough."""
+        tokens = max(1, tokens)
+        for index, (start, end) in enumerate(self.free):
+            if end - start >= tokens:
+                self.free[index : index + 1] = [(start + tokens, end)] if end - start > tokens else []
+                self.taken[start] = start + tokens
+                return start
+        return None
+
+    def give_back(self, start: int) -> None:
+        insort(self.free, (start, self.taken.pop(start)))
+        index = next(i for i, span in enumerate(self.free) if span[0] == start)
+        for left in (index, index - 1):  # with the span behind it, then with the one in front
+            if 0 <= left < len(self.free) - 1 and self.free[left][1] == self.free[left + 1][0]:
+                self.free[left : left + 2] = [(self.free[left][0], self.free[left + 1][1])]
 
 
 class Prefill:

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1] / "litlora"
 FLOORS = [  # from the top down; rooms of one floor may use each other, but in no circle
     "__main__ cli completion",
     "commands",
-    "load decode train merge merge_verify merge_write answers memory precision optimizers run_files resume hub "
+    "load decode decode_graph engine few_rows train merge merge_verify merge_write answers memory precision optimizers "
+    "run_files resume hub "
     "meta_format flops report loggers model_card samples graphs",
     "peft_format model packing sampling meta_tokenizer deltas",
     "lora sequences kv_cache data",

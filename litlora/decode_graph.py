@@ -1,0 +1,178 @@
+"""The decode step on a card: one captured graph for each of a few batch sizes, sampling included, over a cache in which
+each row has just the room it may need.
+
+A batch is filled up to the next size by slots of no row, which write to the cache's first token. Up to 16 rows the step
+is `FewRows`, where the model's formats allow it; else the model itself, with attention of our own.
+Sizes: B slots, H heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litlora.engine import State
+from litlora.errors import InputError
+from litlora.few_rows import FewRows, Unsupported
+from litlora.kv_cache import KVCache, Spans, bytes_per_token
+from litlora.model import Decoder
+from litlora.ops.decode_attention import LARGEST_HEAD, Workspace, attend
+from litlora.ops.decode_kernels import MOST_ROWS
+from litlora.sequences import View
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)  # of captured batches
+WORKING_MEMORY = 1e9  # bytes of the card that the cache leaves for all else
+
+
+def padded(rows: int) -> int:
+    """The captured size that holds so many rows."""
+    return next((size for size in SIZES if size >= rows), -(-rows // 256) * 256)
+
+
+def can_capture(model: Decoder) -> bool:
+    """Whether the kernels run here."""
+    device = model.model.embed_tokens.weight.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return model.config.head_dim % 2 == 0 and model.config.head_dim <= LARGEST_HEAD
+
+
+class Captured:
+    """An `Engine`."""
+
+    def __init__(self, model: Decoder, slots: int, capacities: Sequence[int]) -> None:
+        """`capacities`: tokens that each row may need, of which `slots` at most are written at a time. Raises
+        InputError where the card cannot hold the longest."""
+        embedding = model.model.embed_tokens.weight
+        self.model, self.device, self.longest = model, embedding.device, max(capacities)
+        self.width = padded(slots)
+        tokens = pool(model, sorted(capacities)[-slots:], self.device)
+        self.cache = KVCache(model.config, tokens + 1, embedding.dtype, self.device)
+        self.spans = Spans(1, tokens + 1)  # the first token is everybody's who is nobody
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.forwards: dict[int, Callable[[State], Tensor]] = {}
+        self.pool: Any = None  # the memory that the graphs share
+
+    def reserve(self, tokens: int) -> int | None:
+        return self.spans.take(tokens)
+
+    def release(self, start: int) -> None:
+        self.spans.give_back(start)
+
+    def settle(self, starts: list[int], lengths: list[int]) -> list[int]:
+        return starts
+
+    def step(self, state: State, lengths: list[int]) -> None:
+        size = padded(len(lengths))
+        if size in self.graphs:
+            self.graphs[size].replay()
+        elif size not in self.forwards:  # once as it is: kernels are compiled, libraries have started
+            self.forwards[size] = self.forward(size)
+            self.run(size, state)
+        elif self.device.type == "cuda":
+            self.capture(size, state)
+            self.graphs[size].replay()
+        else:
+            self.run(size, state)
+
+    def run(self, size: int, state: State) -> None:
+        slots = slice(0, size)
+        logits = self.forwards[size](state)
+        state.positions[slots] += state.alive[slots]
+        state.choose(logits, slots)
+
+    def capture(self, size: int, state: State) -> None:
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        kind = self.device.type
+        mixed = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind)
+        # autocast would keep casts of its own beyond the graph
+        with torch.autocast(kind, dtype, enabled=mixed, cache_enabled=False), torch.cuda.graph(graph, pool=self.pool):
+            self.run(size, state)
+        self.graphs[size] = graph
+
+    def forward(self, size: int) -> Callable[[State], Tensor]:
+        """What gives the logits (B, V) of the first `size` slots."""
+        config = self.model.config
+        if size <= MOST_ROWS and few_rows_wanted(self.model):
+            try:
+                few = FewRows(self.model, self.cache, size, self.longest, pdl=has_pdl(self.device))
+            except Unsupported:
+                pass
+            else:
+                return lambda state: few(state.tokens[:size], state.positions[:size], state.starts[:size])
+        shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        workspace = Workspace.of(size, *shape, self.device)
+
+        def many(state: State) -> Tensor:
+            slots = slice(0, size)
+            sequences = CachedRows(self.cache, state.positions[slots], state.starts[slots], workspace)
+            return self.model.lm_head(self.model(state.inputs(size), sequences))  # type: ignore[no-any-return]
+
+        return many
+
+
+def few_rows_wanted(model: Decoder) -> bool:
+    """In 16 bit, all of it: the kernels' products are made for tensor cores."""
+    embedding = model.model.embed_tokens.weight
+    return embedding.dtype.itemsize == 2 and not torch.is_autocast_enabled(embedding.device.type)
+
+
+def has_pdl(device: torch.device) -> bool:
+    """Whether a kernel may begin before the one in front of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def pool(model: Decoder, capacities: Sequence[int], device: torch.device) -> int:
+    """How many tokens the cache holds: all of `capacities`, or what the card's memory leaves; the longest at least.
+    Raises InputError where that does not fit."""
+    wanted = sum(capacities)
+    if device.type != "cuda":
+        return wanted
+    free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    size = bytes_per_token(model.config, model.model.embed_tokens.weight.dtype)
+    room, least = int((free - WORKING_MEMORY) / size), max(capacities)
+    if least * size > free:
+        raise InputError(
+            "out of memory on the GPU",
+            where=f"keys and values of {least} tokens",
+            got=f"{free / 1e9:.2f} GB free",
+            wanted=f"{least * size / 1e9:.2f} GB",
+            fix="a smaller --max_new_tokens, or --quantize bnb.nf4-dq",
+        )
+    return max(least, min(wanted, room))
+
+
+@dataclass(frozen=True)
+class CachedRows:
+    """One new token a slot, at `positions` (B,) of the rows that begin at `starts` (B,)."""
+
+    cache: KVCache
+    positions: Tensor
+    starts: Tensor
+    workspace: Workspace
+
+    def views(self, windows: Sequence[int | None]) -> Sequence[View]:
+        return [_RowsView(self, layer, window) for layer, window in enumerate(windows)]
+
+
+@dataclass(frozen=True)
+class _RowsView:
+    rows: CachedRows
+    layer: int
+    window: int | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = self.rows
+        keys, values = rows.cache.keys[self.layer], rows.cache.values[self.layer]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        q, k, v = (x.contiguous() for x in (q, k, v))
+        attend(q, k, v, keys, values, rows.positions, rows.starts, rows.workspace, self.window, out)
+        return out

@@ -1,0 +1,114 @@
+"""What a decode step works on and what runs it: the rows' numbers on the device, and an `Engine`. The plain one here
+calls the model as it is; `decode_graph` has that of a card.
+Sizes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from litlora.kv_cache import Decode, KVCache
+from litlora.model import Decoder
+from litlora.sampling import Sampling
+
+
+class State:
+    """What the device knows of the rows: slot i of all tensors is the i-th of the rows that are still written."""
+
+    def __init__(self, slots: int, vocabulary: int, sampling: Sampling, device: torch.device) -> None:
+        self.sampling, self.vocabulary, self.device = sampling, vocabulary, device
+        self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)  # each row's newest
+        self.numbers = torch.zeros(5, slots, dtype=torch.int64, device=device)
+        # where a row begins in the cache; the next token's position; its random stream, its tokens so far; 1, or 0 for
+        # a slot that only fills a captured graph's shape
+        self.starts, self.positions, self.streams, self.steps, self.alive = self.numbers.unbind()
+        self.seen: Tensor | None = None  # (slots, V) bool: what a repetition penalty must know
+        if sampling.repetition_penalty != 1.0:
+            self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
+
+    def reorder(self, order: Sequence[int]) -> None:
+        """Slot i gets what slot `order[i]` had."""
+        index, count = torch.tensor(order).to(self.device, non_blocking=True), len(order)
+        self.tokens[:count] = self.tokens[index]
+        if self.seen is not None:
+            self.seen[:count] = self.seen[index]
+
+    def upload(self, numbers: Sequence[Sequence[int]]) -> None:
+        """Five numbers a slot, see above; the slots behind them are of no row."""
+        table = torch.zeros(self.numbers.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        table[:, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64).t()
+        self.numbers.copy_(table, non_blocking=True)
+
+    def look_at(self, slot: int, prompt: Sequence[int]) -> None:
+        """A prompt counts for the repetition penalty, too."""
+        if self.seen is not None:
+            ids = torch.tensor([i for i in prompt if i < self.vocabulary], dtype=torch.int64, device=self.device)
+            self.seen[slot] = False
+            self.seen[slot, ids] = True
+
+    def choose(self, logits: Tensor, slots: slice) -> None:
+        """The next token of each of `slots`, from logits (B, V or more)."""
+        seen = None if self.seen is None else self.seen[slots]
+        tokens = self.sampling.choose(logits[:, : self.vocabulary], seen, self.streams[slots], self.steps[slots])
+        self.tokens[slots] = tokens
+        self.steps[slots] += self.alive[slots]
+        if seen is not None:
+            seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
+
+    def inputs(self, count: int) -> Tensor:
+        """The newest token of the first `count` slots."""
+        return self.tokens[:count].clamp(min=0)  # NOT_FINITE is no embedding's number; the reader will raise
+
+
+class Engine(Protocol):
+    """Where rows lie in the cache, and how a step runs. `width`: the slots of a `State` for it."""
+
+    width: int
+    cache: KVCache
+
+    def reserve(self, tokens: int) -> int | None:
+        """The first token of a new row's span, None while there is no room for it."""
+        ...
+
+    def release(self, start: int) -> None: ...
+
+    def settle(self, starts: list[int], lengths: list[int]) -> list[int]:
+        """The live rows' spans in slot order, after some have left: where they lie from now on."""
+        ...
+
+    def step(self, state: State, lengths: list[int]) -> None:
+        """Feeds the newest token of the first slots, of `lengths` tokens before it, and chooses the next."""
+        ...
+
+
+class Eager:
+    """The model, called as it is. Row i lies in the i-th of equal spans, so that a step reads one block."""
+
+    def __init__(self, model: Decoder, slots: int, capacities: Sequence[int]) -> None:
+        embedding = model.model.embed_tokens.weight
+        self.model, self.width, self.spacing, self.rows = model, slots, max(capacities), 0
+        self.cache = KVCache(model.config, slots * self.spacing, embedding.dtype, embedding.device)
+
+    def reserve(self, tokens: int) -> int | None:
+        self.rows += 1
+        return (self.rows - 1) * self.spacing
+
+    def release(self, start: int) -> None:
+        self.rows -= 1
+
+    def settle(self, starts: list[int], lengths: list[int]) -> list[int]:
+        for slot, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            if start != slot * self.spacing:
+                self.cache.move(start, slot * self.spacing, length)
+        return [slot * self.spacing for slot in range(len(starts))]
+
+    def step(self, state: State, lengths: list[int]) -> None:
+        count = len(lengths)
+        positions = state.positions[:count]
+        hidden = self.model(state.inputs(count), Decode(self.cache, positions, lengths, self.spacing))
+        positions += 1
+        state.choose(self.model.lm_head(hidden), slice(0, count))

@@ -1,0 +1,198 @@
+"""Attention of one new token a row over a cache, in one Triton kernel: norms and rotation of q and k, the new key and
+value's way into the cache, and softmax over what the row has written, in parts that work side by side.
+
+Where rows are and how long they are is read on the card, so that a captured graph serves every step; its cost grows
+with the tokens that are there.
+Sizes: B rows, T tokens of the cache, H heads, K key/value heads, D head dim, S parts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 64  # keys at a time
+LARGEST_HEAD = 256
+
+
+@triton.jit
+def _halves(x, place, weight, cos, sin, pair, known, eps, half: tl.constexpr, norm: tl.constexpr, rotate: tl.constexpr):
+    """Both halves of heads that begin at `place` (N, 1): normalized, rotated, each rounded as by itself."""
+    first = tl.load(x + place + pair, mask=known, other=0.0)
+    second = tl.load(x + place + half + pair, mask=known, other=0.0)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    if norm:
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / (2 * half) + eps)[:, None]
+        left = tl.load(weight + pair, mask=pair < half, other=0.0).to(tl.float32)
+        right = tl.load(weight + half + pair, mask=pair < half, other=0.0).to(tl.float32)
+        a = ((a * scale).to(first.dtype).to(tl.float32) * left).to(first.dtype).to(tl.float32)
+        b = ((b * scale).to(first.dtype).to(tl.float32) * right).to(first.dtype).to(tl.float32)
+    if rotate:
+        c = tl.load(cos + pair, mask=pair < half, other=0.0).to(tl.float32)
+        s = tl.load(sin + pair, mask=pair < half, other=0.0).to(tl.float32)
+        a, b = a * c - b * s, b * c + a * s
+    return a.to(first.dtype), b.to(first.dtype)
+
+
+@triton.jit
+def _order(place, permuted: tl.constexpr):
+    if permuted:
+        return place - place % 8 + tl.where(place % 2 == 1, place % 8 // 2, 4 + place % 8 // 2)
+    return place
+
+
+@triton.jit(do_not_specialize=["window"])
+def _attend(
+    q, k, v, q_stride, kv_stride, cos, sin, q_weight, k_weight, eps, keys, values, positions, starts,
+    out, sums, bounds, arrived, scale, window, kv_heads,
+    group: tl.constexpr, group_block: tl.constexpr, half: tl.constexpr, half_block: tl.constexpr, parts: tl.constexpr,
+    tile: tl.constexpr, windowed: tl.constexpr, norm: tl.constexpr, rotate: tl.constexpr, permuted: tl.constexpr,
+    pdl: tl.constexpr,
+):  # fmt: skip
+    if pdl:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row, head, part = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
+    position, start = tl.load(positions + row).to(tl.int32), tl.load(starts + row)
+    lowest = 0
+    if windowed:
+        lowest = tl.maximum(position - window + 1, 0)
+    count = position + 1 - lowest
+    share = tl.cdiv(tl.cdiv(count, parts), tile) * tile
+    used = tl.cdiv(count, share)
+    if part >= used:
+        return
+    begin = lowest + part * share
+    end = tl.minimum(begin + share, position + 1)
+    size: tl.constexpr = 2 * half
+    pair, dim = tl.arange(0, half_block)[None, :], tl.arange(0, 2 * half_block)[None, :]
+    member = tl.arange(0, group_block)[:, None]
+    cos, sin = cos + position * half, sin + position * half
+    heads = row * q_stride + (head * group + member) * size
+    q1, q2 = _halves(q, heads, q_weight, cos, sin, pair, (member < group) & (pair < half), eps, half, norm, rotate)
+    span = (start * kv_heads + head) * size
+    if part == used - 1:  # the new token is in the last part, which writes it
+        one = tl.zeros((1, 1), tl.int32)
+        new = row * kv_stride + head * size + one
+        k1, k2 = _halves(k, new, k_weight, cos, sin, pair, (pair < half) & (one == 0), eps, half, norm, rotate)
+        place = span + position.to(tl.int64) * kv_heads * size + one
+        tl.store(keys + place + pair, k1, mask=pair < half)
+        tl.store(keys + place + half + pair, k2, mask=pair < half)
+        value = tl.load(v + new + dim, mask=dim < size, other=0.0)
+        tl.store(values + place + dim, value, mask=dim < size)
+        tl.debug_barrier()
+    best = tl.full((group_block,), -1e38, tl.float32)
+    total = tl.zeros((group_block,), tl.float32)
+    mean = tl.zeros((group_block, 2 * half_block), tl.float32)
+    for first in range(begin, end, tile):
+        token = first + tl.arange(0, tile)
+        known = (token < end)[:, None]
+        place = span + token.to(tl.int64)[:, None] * (kv_heads * size)
+        k1 = tl.load(keys + place + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
+        k2 = tl.load(keys + place + half + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
+        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * scale
+        score = tl.where((token < end)[None, :], score, -1e38)
+        higher = tl.maximum(best, tl.max(score, 1))
+        weight = tl.exp2(score - higher[:, None])
+        fade = tl.exp2(best - higher)
+        total = total * fade + tl.sum(weight, 1)
+        value = tl.load(values + place + dim, mask=known & (dim < size), other=0.0).to(q1.dtype)
+        mean = tl.dot(weight.to(value.dtype), value, mean * fade[:, None], input_precision="ieee")
+        best = higher
+    lane = tl.arange(0, group_block)
+    number = (row * kv_heads + head) * group + lane  # of the head, among all rows
+    target = row * kv_heads * group * size + _order((head * group + member) * size + dim, permuted)
+    mine = (member < group) & (dim < size)
+    if used == 1:
+        tl.store(out + target, mean / total[:, None], mask=mine)
+        return
+    tl.store(sums + (number[:, None] * parts + part) * size + dim, mean, mask=mine)
+    tl.store(bounds + (number * parts + part) * 2, best, mask=lane < group)
+    tl.store(bounds + (number * parts + part) * 2 + 1, total, mask=lane < group)
+    tl.debug_barrier()
+    if tl.atomic_add(arrived + row * kv_heads + head, 1, sem="acq_rel") < used - 1:
+        return
+    tl.store(arrived + row * kv_heads + head, 0)  # for the next layer
+    best = tl.full((group_block,), -1e38, tl.float32)
+    total = tl.zeros((group_block,), tl.float32)
+    mean = tl.zeros((group_block, 2 * half_block), tl.float32)
+    for other in range(0, used):
+        place = number * parts + other
+        theirs = tl.load(bounds + place * 2, mask=lane < group, other=-1e38, cache_modifier=".cg")
+        weight = tl.load(bounds + place * 2 + 1, mask=lane < group, other=0.0, cache_modifier=".cg")
+        value = tl.load(sums + place[:, None] * size + dim, mask=mine, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(best, theirs)
+        mean = mean * tl.exp2(best - higher)[:, None] + value * tl.exp2(theirs - higher)[:, None]
+        total = total * tl.exp2(best - higher) + weight * tl.exp2(theirs - higher)
+        best = higher
+    total = tl.where(lane < group, total, 1.0)
+    tl.store(out + target, mean / total[:, None], mask=mine)
+
+
+def _power(n: int) -> int:
+    return int(triton.next_power_of_2(n))
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What parts of one row leave for each other; `arrived` is zero between two launches."""
+
+    parts: int
+    sums: Tensor  # (B, H, S, D) fp32
+    bounds: Tensor  # (B, H, S, 2) fp32
+    arrived: Tensor  # (B, K) int32
+
+    @classmethod
+    def of(cls, rows: int, heads: int, kv_heads: int, head_dim: int, device: torch.device) -> Workspace:
+        """As many parts as keep the whole card busy when all rows are long."""
+        processors = 132
+        if device.type == "cuda":
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+        parts = min(64, _power(triton.cdiv(2 * processors, rows * kv_heads)))
+        sums = torch.empty(rows, heads, parts, head_dim, dtype=torch.float32, device=device)
+        bounds = torch.empty(rows, heads, parts, 2, dtype=torch.float32, device=device)
+        return cls(parts, sums, bounds, torch.zeros(rows, kv_heads, dtype=torch.int32, device=device))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    starts: Tensor,
+    workspace: Workspace,
+    window: int | None,
+    out: Tensor,
+    *,
+    rotation: tuple[Tensor, Tensor] | None = None,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+    permuted: bool = False,
+    pdl: bool = False,
+) -> None:
+    """q (B, H, D) at `positions` (B,) of rows that begin at `starts` (B,) of keys and values (T, K, D), into which k
+    and v (B, K, D) are written -> out (B, H, D).
+
+    q, k and v may be strided by row. `rotation`: cos and sin (positions, D/2), where q and k are not rotated yet;
+    `norms`: the weights (D,) of their norms, and eps. `permuted`: the order that a 4-bit linear reads.
+    """
+    (rows, heads, size), kv_heads = q.shape, k.shape[1]
+    group, half = heads // kv_heads, size // 2
+    cos, sin = rotation or (q, q)
+    q_weight, k_weight, eps = norms or (q, q, 0.0)
+    options = {"launch_pdl": True} if pdl else {}
+    _attend[(rows * kv_heads, workspace.parts)](
+        q, k, v, q.stride(0), k.stride(0), cos, sin, q_weight, k_weight, eps, keys, values, positions, starts,
+        out, workspace.sums, workspace.bounds, workspace.arrived, math.log2(math.e) / math.sqrt(size), window or 0,
+        kv_heads, group=group, group_block=max(16, _power(group)), half=half, half_block=max(16, _power(half)),
+        parts=workspace.parts, tile=TILE if q.dtype != torch.float32 else 16, windowed=window is not None,
+        norm=norms is not None, rotate=rotation is not None, permuted=permuted, pdl=pdl, num_warps=4,
+        num_stages=3 if size <= 128 else 2, **options,
+    )  # fmt: skip

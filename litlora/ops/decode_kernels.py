@@ -1,0 +1,505 @@
+"""Triton kernels of a decode step: the linears of a few rows at the speed at which their weights can be read, with what
+lies between two linears (norm, residual stream, SwiGLU, adapters) in the same kernels.
+
+What reads its weights once is bound by that, so every kernel asks for its first weights before it waits for the kernel
+before it (`pdl`: programmatic dependent launch). Products run on tensor cores, rows padded to 16, summed in fp32.
+
+A norm takes no kernel: who writes the residual stream x also writes x · weight and the sums of x² by block; who reads
+them multiplies its result by 1/rms. Inputs of 4-bit linears lie in the order in which eight of their weights unpack.
+Sizes: R rows (a power of two, 16 at most), I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_ROWS = 16
+DENSE, FP8, FOUR_BIT = 0, 1, 2
+STORE, ADD, GATED = 0, 1, 2  # what becomes of a product: stored; added to the residual stream; SwiGLU of two
+RANKS = 16  # of adapters at a time
+BLOCK = 64  # weights that share an absmax
+ORDER = (1, 3, 5, 7, 0, 2, 4, 6)  # of eight 4-bit weights once unpacked: a byte's first one is in its high half
+
+
+# ---------------------------------------------------------------- 4 bits
+
+
+def unpacking() -> str:
+    """PTX: a word of eight 4-bit numbers ($8) to eight 16-bit floats ($0 to $7) by a table of 16 ($9 to $16: the low
+    bytes, then the high ones). Two selections of bytes, one for each half of the table, and one between both."""
+    lines = [
+        "{ .reg .b32 low, high, half_low, half_high, a, b, p, q, r, s;",
+        "and.b32 low, $8, 0x77777777;",
+        "shr.b32 half_low, $8, 1;",
+        "lop3.b32 half_low, half_low, 0x44444444, 0x32103210, 0xEA;",  # (a & b) | c
+        "shr.b32 high, low, 16;",
+        "shr.b32 half_high, half_low, 16;",
+    ]
+    for which, planes in (("low", "pq"), ("high", "rs")):
+        for plane, out in enumerate(planes):
+            first = 9 + 4 * plane
+            lines += [
+                f"prmt.b32 a, ${first}, ${first + 1}, {which};",
+                f"prmt.b32 b, ${first + 2}, ${first + 3}, {which};",
+                f"prmt.b32 {out}, a, b, half_{which};",
+            ]
+    pairs = (("p", "q", "0x6240"), ("r", "s", "0x6240"), ("p", "q", "0x7351"), ("r", "s", "0x7351"))
+    for number, (low, high, which) in enumerate(pairs):
+        lines += [f"prmt.b32 a, {low}, {high}, {which};", f"mov.b32 {{${2 * number}, ${2 * number + 1}}}, a;"]
+    return "\n".join([*lines, "}"])
+
+
+UNPACKING = unpacking()
+OPERANDS = "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r,r,r"
+
+
+def byte_planes(code: Tensor, dtype: torch.dtype) -> Tensor:
+    """The table of `unpacking` (8,) int32 of 16 numbers, rounded to a 16-bit dtype."""
+    halves = code.to(dtype).view(torch.int16).view(torch.uint8).view(16, 2)  # low byte, high byte
+    return halves.t().contiguous().view(torch.int32).flatten()
+
+
+@triton.jit
+def _looked_up(words, table, shift: tl.constexpr, like):
+    return tl.load(table + ((words >> shift) & 15)).to(like.dtype.element_ty)
+
+
+@triton.jit
+def _unpacked(words, table, like, asm: tl.constexpr, operands: tl.constexpr):
+    """(O, W) words -> (O, 8 W) weights without scales, each eight in ORDER, in the dtype that `like` points to."""
+    if asm is None:
+        a, b = _looked_up(words, table, 0, like), _looked_up(words, table, 8, like)
+        c, d = _looked_up(words, table, 16, like), _looked_up(words, table, 24, like)
+        e, f = _looked_up(words, table, 4, like), _looked_up(words, table, 12, like)
+        g, h = _looked_up(words, table, 20, like), _looked_up(words, table, 28, like)
+    else:
+        t0, t1, t2, t3 = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
+        t4, t5, t6, t7 = tl.load(table + 4), tl.load(table + 5), tl.load(table + 6), tl.load(table + 7)
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            asm, operands, [words, t0, t1, t2, t3, t4, t5, t6, t7],
+            dtype=(like.dtype.element_ty,) * 8, is_pure=True, pack=1,
+        )  # fmt: skip
+    whole = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
+    return tl.reshape(whole, (words.shape[0], 8 * words.shape[1]))
+
+
+@triton.jit
+def _four_bit(
+    x, words, scales, nested_scales, code, offset, table, first, rows, size,
+    nested: tl.constexpr, asm: tl.constexpr, operands: tl.constexpr, r: tl.constexpr, m: tl.constexpr,
+    splits: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr, wait: tl.constexpr,
+):  # fmt: skip
+    """(R, tile_o): x times rows of W, fp32.
+
+    The scales stay out of the weights: each of the tile's blocks of 64 columns has rows of the padded product of its
+    own, which are scaled as a whole. With `splits` parts of the columns have, too, so that all warps have work; what is
+    the product of one part of x and another one of W is left out at the end.
+    """
+    blocks: tl.constexpr = tile_i // 64
+    lane, slot = tl.arange(0, splits * tile_o), tl.arange(0, m)
+    row = tl.minimum(first + lane % tile_o, rows - 1)
+    part = tl.cdiv(size, splits * tile_i) * tile_i  # columns of a split
+    left = lane // tile_o * part
+    block, split = slot // r % blocks, slot // (r * blocks)
+    column, word = tl.arange(0, tile_i), tl.arange(0, tile_i // 8)
+    places = words + row.to(tl.int64)[:, None] * (size // 8) + left[:, None] // 8 + word[None]
+    end = (size - left)[:, None] // 8
+    here = x + (slot % r * size + split * part)[:, None] + column[None]
+    mine = (block[:, None] == column[None] // 64) & (split < splits)[:, None]
+    x_end = (size - split * part)[:, None]
+    scaled = row[:, None] * (size // 64) + left[:, None] // 64 + tl.arange(0, blocks)[None]
+    last = rows * (size // 64) - 1
+    following = tl.load(places, mask=word[None] < end, other=0)
+    at = tl.minimum(scaled, last)
+    absmax = tl.load(scales + at)
+    if nested:
+        nested_absmax, shift = tl.load(nested_scales + at // 256), tl.load(offset)
+    if wait:
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros((m, splits * tile_o), tl.float32)
+    for start in tl.range(0, part, tile_i, num_stages=1):
+        value = tl.load(here + start, mask=mine & (start + column[None] < x_end), other=0.0)
+        current, ahead = following, start + tile_i
+        following = tl.load(places + ahead // 8, mask=ahead // 8 + word[None] < end, other=0)
+        if nested:
+            scale = tl.load(code + absmax.to(tl.int32)) * nested_absmax + shift
+        else:
+            scale = absmax
+        at = tl.minimum(scaled + ahead // 64, last)  # what lies behind a row is multiplied by 0
+        absmax = tl.load(scales + at)
+        if nested:
+            nested_absmax = tl.load(nested_scales + at // 256)
+        weight = _unpacked(current, table, x, asm, operands)
+        if asm is not None:  # nothing; but the compiler then lays the operand out as if it came from memory, in order
+            weight = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [weight], dtype=x.dtype.element_ty, is_pure=False, pack=2)  # fmt: skip  # noqa: E501
+        scale = tl.broadcast_to(tl.trans(scale)[None, :, None], (m // (blocks * r), blocks, r, splits * tile_o))
+        total += tl.dot(value, tl.trans(weight), input_precision="ieee") * tl.reshape(scale, (m, splits * tile_o))
+    total = tl.where(split[:, None] == (lane // tile_o)[None], total, 0.0)
+    return tl.sum(tl.sum(tl.reshape(total, (m // r, r, splits, tile_o)), 2), 0)
+
+
+# ---------------------------------------------------------------- 16 and 8 bits
+
+
+@triton.jit
+def _dense(
+    x, w, first, rows, size, r: tl.constexpr, m: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
+    stages: tl.constexpr, even: tl.constexpr, wait: tl.constexpr,
+):  # fmt: skip
+    """(R, tile_o): x times rows of W, fp32."""
+    row = tl.minimum(first + tl.arange(0, tile_o), rows - 1).to(tl.int64)
+    column, slot = tl.arange(0, tile_i), tl.arange(0, m)
+    places = w + row[:, None] * size + column[None]
+    here = x + slot[:, None] * size + column[None]
+    given = (slot < r)[:, None]
+    # a tile of its own, so that it is under way while the kernel before this one still runs
+    ahead = tl.load(places, mask=column[None] < size, other=0.0)
+    if wait:
+        tl.extra.cuda.gdc_wait()
+    value = tl.load(here, mask=given & (column[None] < size), other=0.0)
+    # from fp8 by way of fp32: straight is slower
+    total = tl.dot(value, tl.trans(ahead.to(tl.float32).to(value.dtype)), input_precision="ieee")
+    for start in tl.range(tile_i, size, tile_i, num_stages=stages):
+        if even:
+            tile = tl.load(places + start)
+            value = tl.load(here + start, mask=given, other=0.0)
+        else:
+            tile = tl.load(places + start, mask=start + column[None] < size, other=0.0)
+            value = tl.load(here + start, mask=given & (start + column[None] < size), other=0.0)
+        total = tl.dot(value, tl.trans(tile.to(tl.float32).to(value.dtype)), total, input_precision="ieee")
+    return tl.sum(tl.reshape(total, (m // r, r, tile_o)), 0)
+
+
+# ---------------------------------------------------------------- around the products
+
+
+@triton.jit
+def _order(place, permuted: tl.constexpr):
+    """Where element `place` lies; eight of them in ORDER where the reader is a 4-bit linear."""
+    if permuted:
+        return place - place % 8 + tl.where(place % 2 == 1, place % 8 // 2, 4 + place % 8 // 2)
+    return place
+
+
+@triton.jit
+def _inverse_rms(sums, blocks, size, eps, r: tl.constexpr, blocks_block: tl.constexpr):
+    """(R, 1) of the rows whose squares are summed by block in `sums` (R, blocks)."""
+    row, block = tl.arange(0, r), tl.arange(0, blocks_block)
+    parts = tl.load(sums + row[:, None] * blocks + block[None], mask=(block < blocks)[None], other=0.0)
+    return tl.rsqrt(tl.sum(parts, 1) / size + eps)[:, None]
+
+
+@triton.jit
+def _up(
+    z, b, first, rows, rank, offset, ranks, factor,
+    r: tl.constexpr, tile_o: tl.constexpr, parts: tl.constexpr, most: tl.constexpr, step: tl.constexpr, like,
+):  # fmt: skip
+    """(R, tile_o): factor · z Bᵀ, z (parts, R, ranks) summed over its parts, the adapter's own from `offset` on."""
+    row = tl.minimum(first + tl.arange(0, tile_o), rows - 1).to(tl.int64)
+    slot, part, inner = tl.arange(0, r), tl.arange(0, parts), tl.arange(0, step)
+    total = tl.zeros((r, tile_o), tl.float32)
+    for start in tl.static_range(0, most, step):
+        known = start + inner < rank
+        place = (part[:, None, None] * r + slot[None, :, None]) * ranks + offset + start + inner[None, None]
+        low = tl.sum(tl.load(z + place, mask=known[None, None], other=0.0), 0)
+        up = tl.load(b + row[:, None] * rank + start + inner[None], mask=known[None], other=0.0)
+        low, up = low.to(like.dtype.element_ty), up.to(like.dtype.element_ty)  # as the products of the adapter alone
+        total += tl.sum(low[:, None].to(tl.float32) * up[None].to(tl.float32), 2)
+    return total * factor
+
+
+@triton.jit(do_not_specialize=["blocks", "rank0", "rank1", "rank2", "rows0", "rows1", "rows2"])
+def _linear(
+    x, sums, blocks, eps, w0, w1, w2, s0, s1, s2, n0, n1, n2, o0, o1, o2, code, table, bias,
+    z, b0, b1, b2, rank0, rank1, rank2, f0, f1, f2, y, residual, norm_weight, new_sums, size, rows0, rows1, rows2,
+    mode: tl.constexpr, form: tl.constexpr, nested: tl.constexpr, asm: tl.constexpr, operands: tl.constexpr,
+    norm: tl.constexpr, biased: tl.constexpr, most: tl.constexpr, parts: tl.constexpr, step: tl.constexpr,
+    r: tl.constexpr, m: tl.constexpr, splits: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
+    stages: tl.constexpr, even: tl.constexpr, blocks_block: tl.constexpr, permuted: tl.constexpr, pdl: tl.constexpr,
+):  # fmt: skip
+    """Up to three linears over one x, or two and their SwiGLU, or one and the residual stream. See `Linear.launch`."""
+    if pdl:
+        tl.extra.cuda.gdc_launch_dependents()
+    number = tl.program_id(0)
+    blocks0, blocks1 = tl.cdiv(rows0, tile_o), tl.cdiv(rows1, tile_o)
+    w, s, n, o, b, rows, rank, factor, offset, before = w0, s0, n0, o0, b0, rows0, rank0, f0, 0, 0
+    local = number
+    if mode == 0:
+        if number >= blocks0 + blocks1:
+            w, s, n, o, b, rows, rank, factor = w2, s2, n2, o2, b2, rows2, rank2, f2
+            offset, before, local = rank0 + rank1, rows0 + rows1, number - blocks0 - blocks1
+        elif number >= blocks0:
+            w, s, n, o, b, rows, rank, factor = w1, s1, n1, o1, b1, rows1, rank1, f1
+            offset, before, local = rank0, rows0, number - blocks0
+    first = local * tile_o
+    if form == 2:
+        total = _four_bit(x, w, s, n, code, o, table, first, rows, size, nested, asm, operands, r, m, splits, tile_o, tile_i, pdl)  # fmt: skip  # noqa: E501
+    else:
+        total = _dense(x, w, first, rows, size, r, m, tile_o, tile_i, stages, even, pdl)
+    column = first + tl.arange(0, tile_o)
+    valid, row = (column < rows)[None], tl.arange(0, r)[:, None]
+    ranks = rank0 + rank1 + rank2
+    if form == 1:
+        total *= tl.load(s + column, mask=column < rows, other=0.0)[None]
+    if most:
+        total += _up(z, b, first, rows, rank, offset, ranks, factor, r, tile_o, parts, most, step, x)
+    if norm:
+        scale = _inverse_rms(sums, blocks, size, eps, r, blocks_block)
+        total *= scale
+    if biased:
+        total += tl.load(bias + before + column, mask=column < rows, other=0.0).to(tl.float32)[None]
+    if mode == 2:
+        if form == 2:
+            other = _four_bit(x, w1, s1, n1, code, o1, table, first, rows, size, nested, asm, operands, r, m, splits, tile_o, tile_i, False)  # fmt: skip  # noqa: E501
+        else:
+            other = _dense(x, w1, first, rows, size, r, m, tile_o, tile_i, stages, even, False)
+        if form == 1:
+            other *= tl.load(s1 + column, mask=column < rows, other=0.0)[None]
+        if most:
+            other += _up(z, b1, first, rows, rank1, rank0, ranks, f1, r, tile_o, parts, most, step, x)
+        if norm:
+            other *= scale
+        if biased:
+            other += tl.load(bias + rows0 + column, mask=column < rows, other=0.0).to(tl.float32)[None]
+        tl.store(y + row * rows + _order(column, permuted)[None], total * tl.sigmoid(total) * other, mask=valid)
+    elif mode == 1:
+        place = residual + row * rows + column[None]
+        old = tl.load(place, mask=valid, other=0.0)
+        new = (total + old.to(tl.float32)).to(old.dtype)
+        tl.store(place, new, mask=valid)
+        weight = tl.load(norm_weight + column, mask=column < rows, other=0.0).to(tl.float32)[None]
+        new = new.to(tl.float32)
+        tl.store(y + row * rows + _order(column, permuted)[None], new * weight, mask=valid)
+        squares = tl.sum(tl.where(valid, new * new, 0.0), 1)
+        tl.store(new_sums + tl.arange(0, r) * blocks0 + number, squares)
+    else:
+        tl.store(y + row * (rows0 + rows1 + rows2) + before + column[None], total, mask=valid)
+
+
+@triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
+def _down(
+    x, a0, a1, a2, rank0, rank1, rank2, z, size,
+    r: tl.constexpr, m: tl.constexpr, parts: tl.constexpr, tile_i: tl.constexpr, permuted: tl.constexpr,
+    step: tl.constexpr, pdl: tl.constexpr,
+):  # fmt: skip
+    """z (parts, R, ranks) = x Aᵀ, each part of the columns by itself; `step` rows of one A a program."""
+    if pdl:
+        tl.extra.cuda.gdc_launch_dependents()
+    number, part = tl.program_id(0), tl.program_id(1)
+    blocks0, blocks1 = tl.cdiv(rank0, step), tl.cdiv(rank1, step)
+    a, rank, offset = a0, rank0, 0
+    if number >= blocks0 + blocks1:
+        a, rank, offset, number = a2, rank2, rank0 + rank1, number - blocks0 - blocks1
+    elif number >= blocks0:
+        a, rank, offset, number = a1, rank1, rank0, number - blocks0
+    inner, slot, lane = number * step + tl.arange(0, step), tl.arange(0, m), tl.arange(0, tile_i)
+    width = tl.cdiv(size, parts * tile_i) * tile_i
+    if pdl:
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros((m, step), tl.float32)
+    for start in range(part * width, tl.minimum(size, (part + 1) * width), tile_i):
+        column = start + lane
+        known = column < size
+        value = tl.load(x + slot[:, None] * size + column[None], mask=(slot < r)[:, None] & known[None], other=0.0)
+        if permuted:
+            column = start + lane - lane % 8 + tl.where(lane % 8 < 4, 2 * (lane % 8) + 1, 2 * (lane % 8) - 8)
+        down = tl.load(a + inner[:, None] * size + column[None], mask=(inner < rank)[:, None] & known[None], other=0.0)
+        total = tl.dot(value, tl.trans(down.to(value.dtype)), total, input_precision="ieee")
+    place = z + (part * r + slot[:, None]) * (rank0 + rank1 + rank2) + offset + inner[None]
+    tl.store(place, total, mask=(slot < r)[:, None] & (inner < rank)[None])
+
+
+@triton.jit
+def _embed(tokens, table, norm_weight, residual, y, sums, size, permuted: tl.constexpr, block: tl.constexpr, pdl: tl.constexpr):  # fmt: skip  # noqa: E501
+    """The residual stream's beginning: one program a row."""
+    if pdl:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0)
+    token = tl.maximum(tl.load(tokens + row), 0)  # what is no token is seen by its reader
+    column = tl.arange(0, block)
+    inside = column < size
+    value = tl.load(table + token * size + column, mask=inside, other=0.0)
+    tl.store(residual + row * size + column, value, mask=inside)
+    value = value.to(tl.float32)
+    weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * size + _order(column, permuted), value * weight, mask=inside)
+    tl.store(sums + row, tl.sum(value * value, 0))
+
+
+# ---------------------------------------------------------------- launching
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A frozen weight (O, I) as the kernels read it."""
+
+    form: int
+    data: Tensor  # (O, I), or words of eight 4-bit numbers (O · I / 8,) int32
+    rows: int
+    size: int
+    scales: Tensor | None = None  # of rows (O,) in fp8; absmax in 4 bits
+    nested: tuple[Tensor, Tensor, Tensor] | None = None  # of the absmax itself: absmax, code, offset
+    table: Tensor | None = None  # `byte_planes` of the 4-bit code, or the code itself where there is no PTX
+    bias: Tensor | None = None  # (O,)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank update factor · B A."""
+
+    A: Tensor  # (r, I)
+    B: Tensor  # (O, r)
+    factor: float
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a weight is read: `rows` x `columns` at a time, by so many warps; the columns in `splits` parts at once."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+    splits: int = 1
+
+
+FEW = 8192  # rows, below which a program takes fewer of them, so that every multiprocessor has work
+
+
+def tile_of(weight: Weight, outputs: int, rows: int, dtype: torch.dtype) -> Tile:
+    """For a product with so many rows of x, of a launch that writes so many columns."""
+    few = outputs < FEW
+    if dtype == torch.float32:  # no tensor cores: small enough for the registers
+        return Tile(16, 64, 4) if weight.form == FOUR_BIT else Tile(16, 32, 4, stages=2)
+    if weight.form == FOUR_BIT:
+        columns = min(256, max(128, 1024 // rows))  # the product's blocks and rows fill the 16 that it is padded to
+        if few and rows == 1:
+            return Tile(16, columns, 8, splits=4)
+        return Tile(32, columns, 4)
+    if few:
+        return Tile(16, 256, 2, stages=4)
+    return Tile(32, 256, 4, stages=4) if weight.form == FP8 else Tile(32, 128, 4, stages=4)
+
+
+def _power(n: int) -> int:
+    return int(triton.next_power_of_2(n))
+
+
+class Linear:
+    """One launch: linears over the same x (R, I), and what follows them."""
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        factors: Sequence[Factors | None],
+        mode: int,
+        rows: int,
+        dtype: torch.dtype,
+        *,
+        permuted: bool = False,
+        pdl: bool = False,
+    ) -> None:
+        """`permuted`: what is written is read by a 4-bit linear. All weights are of one format and size."""
+        first = weights[0]
+        self.weights, self.factors, self.mode, self.rows = weights, factors, mode, rows
+        self.permuted, self.pdl = permuted, pdl
+        self.size, self.outputs = first.size, sum(weight.rows for weight in weights)
+        self.tile = tile_of(first, self.outputs, rows, dtype)
+        self.blocks = triton.cdiv(first.rows, self.tile.rows)  # of sums of squares, in mode ADD
+        self.bias: Tensor | None = None
+        if any(weight.bias is not None for weight in weights):
+            zeros = torch.zeros
+            parts = [zeros(w.rows, dtype=dtype, device=w.data.device) if w.bias is None else w.bias for w in weights]
+            self.bias = torch.cat(parts)
+        ranks = [0 if f is None else len(f.A) for f in factors]
+        self.ranks = [*ranks, 0, 0][:3]
+        self.z: Tensor | None = None
+        if any(ranks):
+            # of many small sums one program cannot make all; of large ranks they would be too many to add up
+            self.parts = max(1, 16 // _power(triton.cdiv(max(ranks), RANKS)))
+            self.z = torch.empty(self.parts, rows, sum(ranks), dtype=torch.float32, device=first.data.device)
+
+    def launch(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        norm: tuple[Tensor, int, float] | None = None,
+        residual: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        """x (R, I) to y (R, O); in mode GATED y is silu(first) · second.
+
+        `norm`: sums of squares (R, blocks) of what x is a scaled copy of, their number and eps: the result is divided
+        by its rms. `residual` (mode ADD): the residual stream (R, O), added to in place, the weight (O,) of the norm
+        that follows, and its sums of squares (R, self.blocks); y is the stream times that weight.
+        """
+        tile, first, given, rows = self.tile, self.weights[0], len(self.weights), self.rows
+        weights = [*self.weights, first, first][:3]
+        count = [weight.rows if index < given else 0 for index, weight in enumerate(weights)]
+        adapted = [*self.factors, None, None][:3]
+        sides = [first.data if f is None else f.B for f in adapted]
+        if self.z is not None:
+            self._launch_down(x, adapted)
+            default = next(f.B for f in adapted if f is not None)
+            sides = [default if f is None else f.B for f in adapted]
+        sums, blocks, eps = norm or (x, 1, 0.0)
+        stream, norm_weight, new_sums = residual or (y, y, y)
+        scales = [weight.data if weight.scales is None else weight.scales for weight in weights]
+        nested = [weight.nested or (first.data, first.data, first.data) for weight in weights]
+        programs = [triton.cdiv(number, tile.rows) for number in count]
+        four_bit, m = first.form == FOUR_BIT, MOST_ROWS
+        if four_bit:
+            m = max(m, tile.columns // BLOCK * tile.splits * rows)
+        asm = four_bit and first.table is not None and first.table.dtype == torch.int32
+        _linear[(sum(programs) if self.mode == STORE else programs[0],)](
+            x, sums, blocks, eps, *(weight.data for weight in weights), *scales, *(n[0] for n in nested),
+            *(n[2] for n in nested), nested[0][1], first.data if first.table is None else first.table,
+            x if self.bias is None else self.bias, x if self.z is None else self.z, *sides, *self.ranks,
+            *(0.0 if f is None else f.factor for f in adapted), y, stream, norm_weight, new_sums, self.size, *count,
+            mode=self.mode, form=first.form, nested=first.nested is not None, asm=UNPACKING if asm else None,
+            operands=OPERANDS, norm=norm is not None, biased=self.bias is not None,
+            most=RANKS * triton.cdiv(max(self.ranks), RANKS), parts=1 if self.z is None else self.parts, step=RANKS,
+            r=rows, m=m, splits=tile.splits, tile_o=tile.rows, tile_i=tile.columns, stages=tile.stages,
+            even=self.size % tile.columns == 0, blocks_block=_power(blocks), permuted=self.permuted, pdl=self.pdl,
+            num_warps=tile.warps, **_options(self.pdl),
+        )  # fmt: skip
+
+    def _launch_down(self, x: Tensor, adapted: Sequence[Factors | None]) -> None:
+        default = next(f.A for f in adapted if f is not None)
+        tops = [default if f is None else f.A for f in adapted]
+        programs = sum(triton.cdiv(rank, RANKS) for rank in self.ranks)
+        _down[(programs, self.parts)](
+            x, *tops, *self.ranks, self.z, self.size, r=self.rows, m=MOST_ROWS, parts=self.parts, tile_i=64,
+            permuted=self.weights[0].form == FOUR_BIT, step=RANKS, pdl=self.pdl, num_warps=4, **_options(self.pdl),
+        )  # fmt: skip
+
+
+def embed(
+    tokens: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    y: Tensor,
+    sums: Tensor,
+    *,
+    permuted: bool,
+    pdl: bool,
+) -> None:
+    """Rows of the embedding `table` (V, C) for tokens (R,) to the residual stream (R, C); times the first norm's weight
+    to y (R, C); their sums of squares (R, 1)."""
+    size = table.shape[1]
+    _embed[(len(tokens),)](
+        tokens, table, weight, residual, y, sums, size, permuted=permuted, block=_power(size), pdl=pdl, num_warps=8,
+        **_options(pdl),
+    )  # fmt: skip
+
+
+def _options(pdl: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if pdl else {}

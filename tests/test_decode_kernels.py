@@ -1,0 +1,353 @@
+"""The kernels of a decode step beside the plain model, and generation on them. On a card in 16 bit and captured;
+without one in fp32 through Triton's interpreter, where Triton is installed (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_family
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+CUDA = torch.cuda.is_available()
+if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("no CUDA GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
+
+from litlora import decode, decode_graph  # noqa: E402
+from litlora.config import ModelConfig, Rope  # noqa: E402
+from litlora.decode_graph import Captured, has_pdl  # noqa: E402
+from litlora.few_rows import FewRows, Unsupported, group_of  # noqa: E402
+from litlora.frozen import Dense, make_quantizer  # noqa: E402
+from litlora.kv_cache import Decode, KVCache, Prefill  # noqa: E402
+from litlora.load import Directory, RandomWeights, load_model  # noqa: E402
+from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules  # noqa: E402
+from litlora.model import Decoder  # noqa: E402
+from litlora.ops import decode_kernels as kernels  # noqa: E402
+from litlora.ops.decode_attention import Workspace, attend  # noqa: E402
+from litlora.sampling import Sampling  # noqa: E402
+
+pytestmark = [pytest.mark.gpu] if CUDA else []
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = [torch.bfloat16, torch.float32] if CUDA else [torch.float32]
+SHAPE: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 150, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5, "rope": Rope(10000.0), "sliding_windows": (None, None),
+}  # fmt: skip
+ALL = tuple(name for names in FLAG_TARGETS.values() for name in names)
+
+
+class Weights(RandomWeights):
+    """Large enough that every part of the maths shows in the logits; norms that are not 1."""
+
+    def read(self, name: str) -> Tensor:
+        tensor = super().read(name)
+        if tensor.dim() > 1:
+            return tensor * 4
+        return tensor + 0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name)))
+
+
+def build(dtype: torch.dtype, quantize: str | None, lora: LoRA | None, **shape: Any) -> Decoder:
+    """The same numbers in every dtype."""
+    torch.manual_seed(0)
+    quantizer = make_quantizer(quantize, dtype, DEVICE)
+    weights = Weights(ModelConfig(**{**SHAPE, **shape}), torch.float32)
+    model = load_model(weights, quantizer, dtype=dtype, device=DEVICE, quantize_head=quantize is not None)
+    if lora:
+        adapt(model, lora)
+        for module in lora_modules(model).values():
+            with torch.no_grad():
+                module.lora_A.weight.copy_(torch.randn(module.lora_A.weight.shape) * 0.1)
+                module.lora_B.weight.copy_(torch.randn(module.lora_B.weight.shape) * 0.1)
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits(model: Decoder, rows: int, few: bool) -> Tensor:
+    """Of two steps after prompts of unequal length, and all keys, in fp32 on the CPU."""
+    generator = torch.Generator().manual_seed(1)
+    lengths, spacing = [(7 * i * i + 5) % 90 + 1 for i in range(rows)], 100
+    starts = [(rows - 1 - i) * spacing if few else i * spacing for i in range(rows)]
+    cache = KVCache(model.config, rows * spacing, model.model.embed_tokens.weight.dtype, DEVICE)
+    prompt = torch.randint(0, 150, (sum(lengths),), generator=generator).to(DEVICE)
+    model(prompt, Prefill(cache, lengths, starts, DEVICE))
+    positions, where = torch.tensor(lengths, device=DEVICE), torch.tensor(starts, device=DEVICE)
+    step = FewRows(model, cache, rows, 128, pdl=has_pdl(DEVICE)) if few else None
+    found = []
+    for _ in range(2):
+        tokens = torch.randint(0, 150, (rows,), generator=generator).to(DEVICE)
+        if step is not None:
+            found.append(step(tokens, positions, where).clone())
+        else:
+            hidden = model(tokens, Decode(cache, positions, positions.tolist(), spacing))
+            found.append(model.lm_head(hidden))
+        positions = positions + 1
+    return torch.cat(found).float().cpu()
+
+
+def held(run: Callable[[torch.dtype, bool], Tensor], dtype: torch.dtype) -> None:
+    """`run(dtype, ours)`: what is ours errs no more than what is plain does in the same dtype."""
+    truth = run(torch.float32, False)
+    ours, plain = run(dtype, True), run(dtype, False)
+    error, allowed = (ours - truth).norm(), (plain - truth).norm()
+    slack = 1e-5 if dtype == torch.float32 else 1e-3
+    assert error <= 1.2 * allowed + slack * truth.norm(), (float(error / truth.norm()), float(allowed / truth.norm()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("quantize", "rows", "rank", "shape"),
+    [
+        (None, 1, 0, {}),
+        (None, 8, 0, {"sliding_windows": (8, None)}),
+        (None, 2, 20, {"qkv_bias": True, "o_bias": True, "mlp_bias": True}),
+        (None, 16, 0, {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 24, "qk_norm": True}),
+        ("bnb.nf4", 1, 20, {}),
+        ("bnb.nf4-dq", 2, 0, {"hidden_size": 192}),
+        ("bnb.fp4", 16, 0, {"intermediate_size": 320}),
+        ("bnb.fp4-dq", 4, 3, {"qkv_bias": True, "o_bias": True, "mlp_bias": True}),
+        ("fp8", 2, 0, {"o_bias": True}),
+    ],
+    ids=str,
+)
+def test_a_step_is_the_models(
+    dtype: torch.dtype, quantize: str | None, rows: int, rank: int, shape: dict[str, Any]
+) -> None:
+    if quantize == "fp8" and CUDA and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no fp8")
+    lora = LoRA(rank, 16, 0.0, ALL) if rank else None
+    # in fp32 the weights are those that 16 bit rounds to: what the formats do to them is not asked here
+    held(lambda kind, few: logits(build(kind, quantize, lora, **shape), rows, few), dtype)
+
+
+def product(weights: list[kernels.Weight], dense: list[Tensor], rows: int, mode: int, dtype: torch.dtype) -> None:
+    """A launch of all that are given beside the plain formula."""
+    torch.manual_seed(3)
+    size, outputs = weights[0].size, sum(weight.rows for weight in weights)
+    x = torch.randn(rows, size).to(DEVICE, dtype)
+    four_bit = weights[0].form == kernels.FOUR_BIT
+    order = torch.tensor(kernels.ORDER, device=DEVICE)
+    given = x.view(rows, -1, 8)[:, :, order].reshape(rows, size) if four_bit else x
+    launch = kernels.Linear(weights, [None] * len(weights), mode, rows, dtype, pdl=has_pdl(DEVICE))
+    y = torch.empty(rows, outputs if mode == kernels.STORE else weights[0].rows, dtype=dtype, device=DEVICE)
+    exact = [x.double() @ weight.double().t() for weight in dense]
+    if mode == kernels.ADD:
+        stream, norm = torch.randn(rows, outputs).to(DEVICE, dtype), torch.randn(outputs).to(DEVICE, dtype)
+        sums = torch.zeros(rows, launch.blocks, device=DEVICE)
+        wanted = stream.double() + exact[0]
+        launch.launch(given.contiguous(), y, residual=(stream, norm, sums))
+        close(stream, wanted)
+        close(y, wanted * norm.double())
+        torch.testing.assert_close(sums.sum(1).double(), stream.double().square().sum(1), rtol=1e-4, atol=1e-4)
+        return
+    launch.launch(given.contiguous(), y)
+    wanted = torch.cat(exact, 1) if mode == kernels.STORE else torch.nn.functional.silu(exact[0]) * exact[1]
+    close(y, wanted)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    limit = 1e-5 if found.dtype == torch.float32 else 8e-3
+    assert (found.double() - wanted).norm() <= limit * wanted.norm()
+
+
+TILES = {  # those of 16 bit, which the interpreter would not see
+    kernels.DENSE: [kernels.Tile(16, 256, 2, 4), kernels.Tile(32, 128, 4, 4)],
+    kernels.FOUR_BIT: [kernels.Tile(16, 256, 8, splits=4), kernels.Tile(32, 256, 4), kernels.Tile(64, 256, 4)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:1], ids=str)
+@pytest.mark.parametrize("mode", [kernels.STORE, kernels.ADD, kernels.GATED])
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4", "bnb.nf4-dq"])
+@pytest.mark.parametrize("size", [64, 448, 1344])
+def test_every_tile_gives_the_product(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, mode: int, quantize: str | None, size: int
+) -> None:
+    """Also where neither rows nor columns fill the tiles."""
+    torch.manual_seed(4)
+    outputs = {kernels.STORE: (40, 24, 70), kernels.ADD: (72,), kernels.GATED: (56, 56)}[mode]
+    quantizer = make_quantizer(quantize, dtype, DEVICE)
+    frozen = [quantizer.freeze((torch.randn(rows, size) * 0.1).to(DEVICE, dtype), None) for rows in outputs]
+    weights, _ = group_of(frozen, dtype)
+    for tile in TILES[weights[0].form]:
+        monkeypatch.setattr(kernels, "tile_of", lambda *_, tile=tile: tile)
+        for rows in (1,) if tile.splits > 1 else (1, 4):
+            product(weights, [linear.dense_weight() for linear in frozen], rows, mode, dtype)
+
+
+def plain_attention(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+    """q (H, D) of the last of keys and values (T, K, D)."""
+    seen = keys[-window:] if window else keys, values[-window:] if window else values
+    k, v = (x.double().repeat_interleave(len(q) // x.shape[1], 1) for x in seen)
+    weights = (torch.einsum("hd,thd->ht", q.double(), k) / q.shape[1] ** 0.5).softmax(-1)
+    return torch.einsum("ht,thd->hd", weights, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 32), (6, 2, 20), (3, 1, 128)])
+def test_attention_over_the_cache(dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, size: int) -> None:
+    """Rows of every length, in parts and in one; twice, so that what the parts count begins at 0 again."""
+    torch.manual_seed(5)
+    lengths = [0, 1, 63, 64, 65, 200, 130]  # before the new token
+    starts = [sum(lengths[:i]) + i for i in range(len(lengths))]
+    random = lambda *shape: torch.randn(shape).to(DEVICE, dtype)  # noqa: E731
+    keys, values = random(700, kv_heads, size), random(700, kv_heads, size)
+    positions, where = torch.tensor(lengths, device=DEVICE), torch.tensor(starts, device=DEVICE)
+    for parts in (1, 4):
+        made = Workspace.of(len(lengths), heads, kv_heads, size, DEVICE)
+        shape = (len(lengths), heads, parts)
+        sums, bounds = torch.empty(*shape, size, device=DEVICE), torch.empty(*shape, 2, device=DEVICE)
+        workspace = Workspace(parts, sums, bounds, made.arrived)
+        for _ in range(2):
+            q, k, v = random(len(lengths), heads, size), *random(2, len(lengths), kv_heads, size)
+            out = torch.empty_like(q)
+            attend(q, k, v, keys, values, positions, where, workspace, window, out)
+            assert not workspace.arrived.any()
+            for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+                span = slice(start, start + length + 1)
+                assert torch.equal(keys[span][-1], k[row])
+                assert torch.equal(values[span][-1], v[row])
+                wanted = plain_attention(q[row], keys[span], values[span], window)
+                limit = 1e-5 if dtype == torch.float32 else 1e-2
+                assert (out[row].double() - wanted).norm() <= limit * wanted.norm()
+
+
+def test_the_table_in_bytes() -> None:
+    """What PTX does with a word, in Python: two selections of bytes for each half of the table, one between both."""
+
+    def prmt(a: int, b: int, which: int) -> int:
+        octets = (b << 32 | a).to_bytes(8, "little")
+        return int.from_bytes([octets[which >> 4 * i & 7] for i in range(4)], "little")
+
+    code = torch.linspace(-1, 1, 16) ** 3
+    names = dict(zip((f"${9 + i}" for i in range(8)), kernels.byte_planes(code, torch.bfloat16).tolist(), strict=True))
+    names = {name: value & 0xFFFFFFFF for name, value in names.items()}
+    for word in (0x01234567, 0x89ABCDEF, 0xF0E1D2C3, 0x5A5A7E81):
+        state, halves = {**names, "$8": word}, {}
+        read = lambda text: state[text] if text in state else int(text, 0)  # noqa: E731, B023
+        for line in kernels.UNPACKING.split("\n")[1:-1]:
+            operation, rest = line.rstrip(";").split(" ", 1)
+            target, *arguments = rest.rsplit(", ", 1) if operation == "mov.b32" else rest.split(", ")
+            values = [read(argument) for argument in arguments]
+            if operation == "prmt.b32":
+                state[target] = prmt(*values)
+            elif operation == "and.b32":
+                state[target] = values[0] & values[1]
+            elif operation == "shr.b32":
+                state[target] = values[0] >> values[1]
+            elif operation == "lop3.b32":
+                assert values[3] == 0xEA
+                state[target] = values[0] & values[1] | values[2]
+            else:
+                low, high = target.strip("{}").split(", ")
+                halves[low], halves[high] = values[0] & 0xFFFF, values[0] >> 16
+        found = torch.tensor([halves[f"${i}"] for i in range(8)], dtype=torch.int32).to(torch.int16)
+        octets = word.to_bytes(4, "little")
+        numbers = [nibble for octet in octets for nibble in (octet >> 4, octet & 15)]
+        wanted = code[[numbers[i] for i in kernels.ORDER]].bfloat16()
+        assert torch.equal(found.view(torch.bfloat16), wanted)
+
+
+def test_what_the_kernels_do_not_know_is_refused() -> None:
+    quantizer = make_quantizer("bnb.nf4", torch.float32, DEVICE)
+    narrow = quantizer.freeze(torch.ones(64, 96, device=DEVICE), None)
+    dense = Dense(torch.float32).freeze(torch.ones(64, 128, device=DEVICE), None)
+    packed = quantizer.freeze(torch.ones(64, 128, device=DEVICE), None)
+    for modules in ([narrow], [dense, packed], [torch.nn.Linear(8, 8)]):
+        with pytest.raises(Unsupported):
+            group_of(modules, torch.float32)
+
+
+# --- generation ---
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Makes `generate` run on the card's engine, here too; lists those that were made."""
+    made: list[Any] = []
+
+    def make(*arguments: Any) -> Captured:
+        made.append(Captured(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(decode, "make_engine", make)
+    monkeypatch.setattr(decode, "_reads_late", lambda device: True)
+    monkeypatch.setattr(decode_graph, "few_rows_wanted", lambda model: True)
+    return made
+
+
+def texts(model: Decoder, prompts: list[list[int]], sampling: Sampling, count: int, **settings: Any) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    for row, token in decode.generate(model, prompts, sampling, max_new_tokens=count, **{"stop_ids": (), **settings}):
+        found[row].append(token)
+    return found
+
+
+def prompts_of(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 67, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few rows", "the model"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3, 20, 0.9, 1.2, seed=7)], ids=["greedy", "sampled"])
+def test_rows_that_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: list[Any], sampling: Sampling, few: bool
+) -> None:
+    """fp32: the plain engine's text; rows end in the middle, others take their places, one fills the context."""
+    monkeypatch.setattr(decode_graph, "few_rows_wanted", lambda model: few)
+    base = make_family(tmp_path, "mistral", max_position_embeddings=64)
+    model = load_model(Directory.open(base), Dense(torch.float32), dtype=torch.float32, device=DEVICE).eval()
+    prompts, settings = prompts_of(3, 60, 1, 12, 20), {"stop_ids": range(3, 9), "vocab_size": 60}
+    found = texts(model, prompts, sampling, 8, side_by_side=3, **settings)
+    assert len(engines) == 1
+    assert engines[0].cache.keys[0].any(), "it was used"
+    assert engines[0].spans.free == [(1, len(engines[0].cache.keys[0]))], "all is given back"
+    monkeypatch.undo()
+    plain = load_model(Directory.open(base), Dense(torch.float32), dtype=torch.float32, device="cpu").eval()
+    assert found == texts(plain, prompts, sampling, 8, **settings)
+    assert len({len(row) for row in found}) > 1
+
+
+def test_rows_wait_for_room_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: list[Any]) -> None:
+    base = make_family(tmp_path, "llama", num_hidden_layers=1)
+    model = load_model(Directory.open(base), Dense(torch.float32), dtype=torch.float32, device=DEVICE).eval()
+    prompts = prompts_of(20, 30, 10, 25)
+    monkeypatch.setattr(decode_graph, "pool", lambda model, capacities, device: 60)
+    found = texts(model, prompts, Sampling(), 4)
+    assert len(engines[0].cache.keys[0]) == 61
+    monkeypatch.undo()
+    assert found == texts(model, prompts, Sampling(), 4)
+
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 50, seed=7)], ids=["greedy", "sampled"])
+def test_captured_or_not_gives_the_same_text(
+    monkeypatch: pytest.MonkeyPatch, sampling: Sampling, quantize: str | None, rows: int
+) -> None:
+    """bf16: bit for bit, whatever the other rows of a batch of one size are."""
+    if quantize == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("this card has no fp8")
+    model = build(torch.bfloat16, quantize, LoRA(4, 16, 0.0, ("q_proj", "v_proj")), sliding_windows=(8, None))
+    prompts = prompts_of(*(5 + 7 * i % 40 for i in range(rows)))
+    captured = texts(model, prompts, sampling, 40)
+    monkeypatch.setattr(
+        Captured, "capture", lambda self, size, state: self.graphs.setdefault(size, _Eager(self, size, state))
+    )
+    assert texts(model, prompts, sampling, 40) == captured
+    others = [[3] * len(prompt) for prompt in prompts[1:]]
+    assert texts(model, [prompts[0], *others], sampling, 40)[0] == captured[0]
+
+
+class _Eager:
+    """A graph that is none."""
+
+    def __init__(self, engine: Captured, size: int, state: Any) -> None:
+        self.replay = lambda: engine.run(size, state)
