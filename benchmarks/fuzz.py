@@ -47,8 +47,9 @@ FINE = ("well", "refused")
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect", "os.putenv")
 CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 IMPORTED = (
-    *(f"litlora.commands.{name}" for name in ("convert", "finetune_lora", "generate", "inspect", "merge_lora", "plan")),
-    "litlora.commands.report", "litlora.commands.validate", "fuzzing.desk", "sentencepiece", "tokenizers",
+    *(f"litlora.commands.{name}" for name in ("convert", "download", "finetune_lora", "generate", "inspect")),
+    *(f"litlora.commands.{name}" for name in ("merge_lora", "plan", "report", "validate")),
+    "fuzzing.desk", "sentencepiece", "tokenizers",
 )  # fmt: skip
 
 

@@ -156,8 +156,17 @@ def _size(path: Path) -> int:
 
 
 def _record(directory: Path) -> dict[str, Any]:
-    """What the last complete download into `directory` noted."""
-    return read_json(directory / RECORD) if (directory / RECORD).is_file() else {}
+    """What the last complete download into `directory` noted. Raises InputError for a record of another shape."""
+    file = directory / RECORD
+    record = read_json(file) if file.is_file() else {}
+    files = record.get("files", {})
+    fine = isinstance(files, dict) and all(
+        os.path.basename(name) == name and isinstance(stamp, dict) and {"size", "digest"} <= stamp.keys()
+        for name, stamp in files.items()
+    )
+    if not fine:
+        raise InputError("a record of files that litlora did not write", where=file, fix="delete it")
+    return record
 
 
 def _stamp(directory: Path, file: RemoteFile) -> dict[str, Any]:

@@ -53,6 +53,10 @@ def make_desk(root: Path) -> Path:
     _run(desk / "run", desk / "json")
     _meta(desk / "meta", desk / "sp" / "tokenizer.model")
     _llama3(desk / "llama3")
+    status = (desk / "json" / "config.json").stat()
+    stamp = {"digest": "0" * 64, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    record = {"repo_id": "a/b", "revision": "main", "commit": "0123", "files": {"config.json": stamp}}
+    _json(desk / "json" / ".litlora-download.json", record)
     tokenizer = Tokenizer.load(desk / "json")
     rows = load_rows("alpaca", desk / "rows.json")
     cached = prepare(rows, tokenizer, PromptStyle.load("alpaca", tokenizer), max_seq_length=64, use_cache=False)

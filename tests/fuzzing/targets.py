@@ -196,6 +196,23 @@ def _prompts(file: str) -> Reader:
     return read
 
 
+def _kept(desk: Path) -> None:
+    """A download of what is there already, and of more."""
+    from litlora.commands import download
+    from litlora.hub import RemoteFile
+
+    names = [name for name in (*download.SMALL, download.SINGLE) if (desk / "json" / name).is_file()]
+    files = [RemoteFile(name, (desk / "json" / name).stat().st_size, "0" * 64) for name in names]
+    download._missing([*files, RemoteFile("x", 1, "1")], desk / "json", "a/b")
+
+
+def _offline(desk: Path) -> None:
+    from litlora.commands import download
+    from litlora.hub import Unreachable
+
+    download._accept_offline(download.Args("a/b", desk / "json"), desk / "json", Unreachable("the hub"))
+
+
 def _style(desk: Path) -> None:
     from litlora.data import PromptStyle, load_rows, prepare
     from litlora.tokenizer import Tokenizer
@@ -470,6 +487,7 @@ TARGETS: Mapping[str, Target] = {
     "texts/*.txt": Target("texts/a.txt", damage_bytes, (_rows("text", "texts"),)),
     "prompts.txt": Target("prompts.txt", damage_bytes, (_prompts("prompts.txt"),), links=False),
     "--config FILE.yaml": Target("run.yaml", _YAML, (_config,), links=False),
+    ".litlora-download.json": Target("json/.litlora-download.json", _JSON, (_kept, _offline)),
     "the cache of tokenized rows": Target("cached/rows.npz", damage_bytes, (_cached_rows,), links=False),
     "hyperparameters.yaml": Target("run/hyperparameters.yaml", _YAML, (_report,), links=False),
     "hyperparameters.yaml of an adapter": Target("own/hyperparameters.yaml", _YAML, (_as_in_the_run,)),
