@@ -16,14 +16,14 @@ from torch import Tensor
 
 from litlora.engine import Eager, Engine, State
 from litlora.errors import InputError
-from litlora.kv_cache import Continuation, Prefill
+from litlora.kv_cache import Continuation, Prefill, on_device
 from litlora.model import Decoder
 from litlora.sampling import NOT_FINITE, Sampling
 from litlora.sequences import Sequences as Attention
 
 __all__ = ["Sampling", "check_prompts", "generate", "room"]
 
-PREFILL_TOKENS = 8192  # prompts go through the model together up to this many tokens: bounds the activations
+PREFILL_TOKENS = 4096  # prompts go through the model together up to this many tokens: bounds the activations
 CONTINUED_TOKENS = 2048  # of a prompt longer than that, beyond its first piece
 
 
@@ -250,7 +250,7 @@ class _Rows:
         return hidden[self.to_device(lengths).cumsum(0) - 1]
 
     def to_device(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, pin_memory=self.device.type == "cuda").to(self.device, non_blocking=True)
+        return on_device(torch.tensor(numbers), self.device)
 
     @torch.inference_mode()
     def step(self) -> _Reading:

@@ -25,7 +25,8 @@ from litlora.ops.decode_kernels import MOST_ROWS
 from litlora.sequences import View
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)  # of captured batches
-WORKING_MEMORY = 1e9  # bytes of the card that the cache leaves for all else
+WORKING_MEMORY = 1e9  # bytes of the card that the cache leaves for activations
+SAMPLING_MEMORY = 32  # and for sampling, by slot and word of the vocabulary: eight fp32 copies of the logits
 
 
 def padded(rows: int) -> int:
@@ -49,7 +50,7 @@ class Captured:
         InputError where the card cannot hold the longest."""
         embedding = model.model.embed_tokens.weight
         self.model, self.device, self.longest = model, embedding.device, max(capacities)
-        self.width = padded(slots)
+        self.width = max(MOST_ROWS, padded(slots))
         tokens = pool(model, sorted(capacities)[-slots:], self.device)
         self.cache = KVCache(model.config, tokens + 1, embedding.dtype, self.device)
         self.spans = Spans(1, tokens + 1)  # the first token is everybody's who is nobody
@@ -138,7 +139,8 @@ def pool(model: Decoder, capacities: Sequence[int], device: torch.device) -> int
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     size = bytes_per_token(model.config, model.model.embed_tokens.weight.dtype)
-    room, least = int((free - WORKING_MEMORY) / size), max(capacities)
+    working = WORKING_MEMORY + SAMPLING_MEMORY * len(capacities) * model.config.vocab_size
+    room, least = int((free - working) / size), max(capacities)
     if least * size > free:
         raise InputError(
             "out of memory on the GPU",

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from litlora.kv_cache import Decode, KVCache
+from litlora.kv_cache import Decode, KVCache, on_device
 from litlora.model import Decoder
 from litlora.sampling import Sampling
 
@@ -32,23 +32,23 @@ class State:
 
     def reorder(self, order: Sequence[int]) -> None:
         """Slot i gets what slot `order[i]` had."""
-        index, count = torch.tensor(order).to(self.device, non_blocking=True), len(order)
+        index, count = on_device(torch.tensor(order), self.device), len(order)
         self.tokens[:count] = self.tokens[index]
         if self.seen is not None:
             self.seen[:count] = self.seen[index]
 
     def upload(self, numbers: Sequence[Sequence[int]]) -> None:
         """Five numbers a slot, see above; the slots behind them are of no row."""
-        table = torch.zeros(self.numbers.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        table = torch.zeros(self.numbers.shape, dtype=torch.int64)
         table[:, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64).t()
-        self.numbers.copy_(table, non_blocking=True)
+        self.numbers.copy_(on_device(table, self.device))
 
     def look_at(self, slot: int, prompt: Sequence[int]) -> None:
         """A prompt counts for the repetition penalty, too."""
         if self.seen is not None:
-            ids = torch.tensor([i for i in prompt if i < self.vocabulary], dtype=torch.int64, device=self.device)
+            ids = torch.tensor([i for i in prompt if i < self.vocabulary], dtype=torch.int64)
             self.seen[slot] = False
-            self.seen[slot, ids] = True
+            self.seen[slot].index_fill_(0, on_device(ids, self.device), True)
 
     def choose(self, logits: Tensor, slots: slice) -> None:
         """The next token of each of `slots`, from logits (B, V or more)."""

@@ -46,7 +46,9 @@ def group_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Group:
     if parts is None:
         raise Unsupported("a weight that trains itself")
     weights = [weight_of(p.frozen, dtype) for p in parts]
-    factors = [None if p.A is None or p.B is None else Factors(p.A.detach(), p.B.detach(), p.scale) for p in parts]
+    factors = [
+        None if p.A is None or p.B is None else Factors(p.A.detach(), p.B.detach(), float(p.scale)) for p in parts
+    ]
     if len({(weight.form, weight.nested is None) for weight in weights}) > 1:
         raise Unsupported("several formats over one x")
     if any(factor is not None and len(factor.A) > LARGEST_RANK for factor in factors):
@@ -58,7 +60,7 @@ def weight_of(frozen: object, dtype: torch.dtype) -> Weight:
     """Raises Unsupported."""
     if isinstance(frozen, DenseLinear) and frozen.weight.dtype == dtype and frozen.weight.is_contiguous():
         return Weight(DENSE, frozen.weight.detach(), frozen.out_features, frozen.in_features, bias=frozen.bias)
-    if isinstance(frozen, Fp8Linear):
+    if isinstance(frozen, Fp8Linear) and has_fp8(frozen.weight.device):
         scales = frozen.scales.detach()
         return Weight(FP8, frozen.weight.detach(), frozen.out_features, frozen.in_features, scales, bias=frozen.bias)
     if isinstance(frozen, FourBitLinear) and frozen.in_features % BLOCK == 0:
@@ -70,6 +72,11 @@ def weight_of(frozen: object, dtype: torch.dtype) -> Weight:
         scales, shape = frozen.absmax.detach(), (frozen.out_features, frozen.in_features)
         return Weight(FOUR_BIT, words, *shape, scales, nested, table, frozen.bias)
     raise Unsupported(f"{type(frozen).__name__}")
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether Triton reads 8-bit floats here."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 class Layer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tiny_models import make_family, make_peft_adapter, reference
 import litlora.decode as decode
 from litlora.errors import InputError
 from litlora.frozen import Dense, make_quantizer
+from litlora.kv_cache import Spans
 from litlora.load import Directory, load_model
 from litlora.model import Decoder
 from litlora.peft_format import Adapter, attach
@@ -102,6 +104,67 @@ def test_ragged_batch_equals_one_by_one(
     assert len({len(row) for row in alone}) > 2, "the rows end at different steps"
     assert any(ends)
     assert all(token not in stop_ids for row in alone for token in row[:-1])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3, 20, 0.9, 1.2, seed=7)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("late", [False, True], ids=["read at once", "read late"])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_rows_take_the_places_of_those_that_end(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, sampling: Sampling, late: bool, slots: int
+) -> None:
+    """Never more than `slots` of them at a time, in the order of the prompts, each with the text it has alone."""
+    prompts, count = prompts_of((1, 7, 3, 20, 12, 250, 9, 2)), 20
+    settings: dict[str, Any] = {"stop_ids": range(3, 9), "vocab_size": 60}
+    alone = [texts(model, [p], sampling, count, streams=[row], **settings)[0] for row, p in enumerate(prompts)]
+    monkeypatch.setattr(decode, "_reads_late", lambda device: late)
+    widths: list[int] = []
+    step = decode.Eager.step
+    monkeypatch.setattr(
+        decode.Eager, "step", lambda self, s, lengths: (widths.append(len(lengths)), step(self, s, lengths))[1]
+    )
+    found: list[list[int]] = [[] for _ in prompts]
+    first: list[int] = []
+    for row, token in decode.generate(model, prompts, sampling, max_new_tokens=count, side_by_side=slots, **settings):
+        first += [] if found[row] else [row]
+        found[row].append(token)
+    assert found == alone
+    assert max(widths) == slots
+    assert first == list(range(len(prompts)))
+    assert sum(widths) < sum(map(len, alone)) + (len(prompts) if late else 0), "no row is written on after its end"
+
+
+def test_a_long_prompt_in_pieces_is_the_whole(families: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and rope boundaries lie between the pieces, and within them."""
+    prompts = prompts_of((100, 3, 64))
+    for model in families.values():
+        whole = texts(model, prompts, Sampling(), 12)
+        monkeypatch.setattr(decode, "PREFILL_TOKENS", 32)
+        monkeypatch.setattr(decode, "CONTINUED_TOKENS", 9)
+        assert texts(model, prompts, Sampling(), 12) == whole
+        monkeypatch.undo()
+
+
+def test_spans_of_the_cache() -> None:
+    """Whatever comes and goes, no two rows share a token, and all is one piece again at the end."""
+    generator, spans, held = random.Random(0), Spans(1, 101), {}
+    for _ in range(3000):
+        if held and generator.random() < 0.5:
+            start = generator.choice(list(held))
+            spans.give_back(start)
+            del held[start]
+        else:
+            size = generator.randint(0, 30)
+            start = spans.take(size)
+            taken = {token for first, count in held.items() for token in range(first, first + count)}
+            free = set(range(1, 101)) - taken
+            if start is None:
+                assert not any(set(range(first, first + size)) <= free for first in range(1, 102 - size))
+            else:
+                held[start] = max(1, size)
+                assert set(range(start, start + held[start])) <= free
+    for start in held:
+        spans.give_back(start)
+    assert spans.free == [(1, 101)]
 
 
 def test_rows_that_end_are_not_computed(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
