@@ -110,6 +110,7 @@ CASES: list[Case] = [
     (INDEX, edited(metadata=[1]), "metadata"),
     *((name, linked(SECRET), "leads out") for name in ("config.json", "adapter_config.json", "a shard", "texts/*.txt")),
     ("litlora.json", edited(prompt_style="{secret}/template.jinja", prompt_template=None), "unknown prompt style"),
+    ("litlora.json", edited(prompt_style="\x1b[2J", prompt_template="{{ instruction }}"), "unknown prompt style"),
     ("litlora.json of a merged model", whole('{"prompt_style": "a", "prompt_template": [1]}'), "prompt_template"),
     # expressions that never end, or are none where they are used
     ("adapter_config.json", edited(target_modules="(.|.)*x", rank_pattern={}), "too long"),

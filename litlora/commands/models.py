@@ -159,8 +159,9 @@ def _choose_style(args: ModelArgs, base: Base, adapters: Sequence[Adapter], othe
             fix="choose one with --prompt_style",
         )
     for (name, template), directory in records.items():
+        style = PromptStyle.from_source(name, template, base.tokenizer)
         say(f"prompt style: {name} (as {directory} was trained)")
-        return PromptStyle.from_source(name, template, base.tokenizer)
+        return style
     name = "chat" if base.tokenizer.chat_template is not None else otherwise
     hint = " (the model's own template; --prompt_style none for plain text)" if name == "chat" else ""
     say(f"prompt style: {name}{hint}")

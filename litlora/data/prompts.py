@@ -94,7 +94,7 @@ class PromptStyle:
     def from_source(cls, name: str, source: str | None, tokenizer: Tokenizer) -> PromptStyle:
         """The style that `name` and `source` of an earlier one describe (an adapter's, whose template file is gone).
         A record that names a file is not followed. Raises InputError."""
-        if source is None and name not in STYLES:
+        if not name.isprintable() or (source is None and name not in STYLES):
             wanted = f"{', '.join(STYLES)}, or the text of a template"
             raise InputError("a record of an unknown prompt style", got=name, wanted=wanted, fix="--prompt_style")
         return cls.load(name, tokenizer) if source is None else cls(name, source, tokenizer)
