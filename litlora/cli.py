@@ -57,12 +57,13 @@ def _unraisable(ignored: sys.UnraisableHookArgs) -> None:
 
 def call(argv: Sequence[str] | None = None) -> int:
     """Runs a command line. Returns 0: well, 1: failed, 2: bad input, 130: interrupted."""
-    # before torch starts: packs differ in length, and what one frees shall serve the next
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    debug = False
     try:
+        # before torch starts: packs differ in length, and what one frees shall serve the next
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        debug = "--debug" in arguments
+        arguments = [argument for argument in arguments if argument != "--debug"]
         code = _dispatch(arguments)
         if sys.stdout is not None:  # None: closed before we began
             sys.stdout.flush()
