@@ -32,11 +32,12 @@ def answers(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     streams: Sequence[int] | None = None,
+    side_by_side: int | None = None,
 ) -> Iterator[Piece]:
     """Yields each row's text as soon as it is final: half a character, or what may become a stop string, is held back.
 
-    Neither stop tokens nor stop strings, nor what comes after them, are part of the text. `streams` and errors: see
-    `litlora.decode.generate`.
+    Neither stop tokens nor stop strings, nor what comes after them, are part of the text. `streams`, `side_by_side` and
+    errors: see `litlora.decode.generate`.
     """
     limits = room(model, prompts, max_new_tokens)
     stop_ids = {*tokenizer.stop_ids, *_special_stops(tokenizer, stop)}
@@ -51,6 +52,7 @@ def answers(
         vocab_size=tokenizer.vocab_size,
         streams=streams,
         ended=ended,
+        side_by_side=side_by_side,
     )
     for number, token in tokens:
         row, end = rows[number], None

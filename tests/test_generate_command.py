@@ -25,6 +25,7 @@ from litlora.checkpoint import Checkpoint
 from litlora.cli import main
 from litlora.commands import chat, models
 from litlora.commands import generate as command
+from litlora.commands.answers_file import AnswersFile
 from litlora.commands.prompts import read_prompts
 from litlora.config import ModelConfig
 from litlora.data import PromptStyle
@@ -282,6 +283,95 @@ def test_what_is_finished_is_kept_when_interrupted(
     assert "2 of 3" in err
     rows = [json.loads(line) for line in target.read_text().splitlines()]
     assert [(row["prompt"], row["text"]) for row in rows] == [("a", "first"), ("c", "third")]
+
+
+def test_an_interrupted_run_goes_on(
+    base: Path, litlora: Litlora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether by Ctrl-C or without a word: what is answered is not asked again, and the file is that of one run."""
+    source, target, part = tmp_path / "in.txt", tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    source.write_text("\n".join("abcdef"))
+    flags = ("generate", "--checkpoint_dir", base, "--prompt_file", source, "--temperature", 1, "--max_new_tokens", 12,
+             "--num_samples", 2, "--batch_size", 4)  # fmt: skip
+    assert litlora(*flags, "--out_file", tmp_path / "whole.jsonl")[0] == 0
+    whole = (tmp_path / "whole.jsonl").read_text()
+    assert not list(tmp_path.glob("*.part"))
+    real, asked = command.answers, []
+
+    def broken(*arguments: Any, **settings: Any) -> Iterator[Piece]:
+        asked.append(len(arguments[2]))
+        for piece in real(*arguments, **settings):
+            yield piece
+            if piece.end and len(part.read_text().splitlines()) == 1 + 5 * len(asked):
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "answers", broken)
+    code, _, err = litlora(*flags, "--out_file", target)
+    assert code == 130
+    assert "5 of 12 answers" in err
+    lines = target.read_text().splitlines()
+    assert len(lines) == 5
+    assert [line for line in whole.splitlines() if line in lines] == lines, "in order"
+    target.unlink()  # as if the process had been killed, in the middle of a line
+    part.write_text(part.read_text() + '{"number": 3, "li')
+    for changed in (["--temperature", 0.9], ["--seed", 1], ["--stop", "x"]):
+        before = part.read_bytes()
+        code, _, err = litlora(*flags, "--out_file", target, *changed)
+        assert code == 2
+        assert re.search(rf"asked otherwise.*{changed[0][2:]} .*was", err, re.S)
+        assert part.read_bytes() == before
+    code, _, err = litlora(*flags, "--out_file", target)
+    assert code == 130
+    assert "going on: 5 of 12 answers" in err
+    assert "10 of 12 answers" in err
+    monkeypatch.setattr(command, "answers", lambda *a, **k: (asked.append(len(a[2])), real(*a, **k))[1])
+    code, _, err = litlora(*flags, "--out_file", target)
+    assert code == 0
+    assert asked == [12, 7, 2]
+    assert target.read_text() == whole
+    assert not part.exists()
+    assert litlora(*flags, "--out_file", target)[0] == 2, "finished is finished"
+
+
+def test_other_prompts_or_a_damaged_file_are_not_gone_on_with(base: Path, litlora: Litlora, tmp_path: Path) -> None:
+    source, target, part = tmp_path / "in.txt", tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    flags = ("generate", "--checkpoint_dir", base, "--prompt_file", source, "--out_file", target, "--max_new_tokens", 5)
+    source.write_text("a\nb")
+    assert litlora(*flags)[0] == 0
+    whole = target.read_text()
+    question = asked_of(base, source, litlora, tmp_path)
+    for damage in (
+        "",
+        "no json\n",
+        "{}\n",
+        '{"asked": 3}\n',
+        question + '{"number": "a", "line": "b"}\n',
+        "[" * 9999 + "\n",
+    ):
+        part.write_text(damage)
+        code, _, err = litlora(*flags)
+        assert code == 2
+        assert "not the unfinished answers" in err
+        assert target.read_text() == whole
+    part.write_text(question)
+    source.write_text("a\nc")
+    code, _, err = litlora(*flags)
+    assert code == 2
+    assert re.search(r"asked otherwise.*prompts", err, re.S)
+    assert litlora(*flags, "--overwrite", "true")[0] == 0
+    assert [json.loads(line)["prompt"] for line in target.read_text().splitlines()] == ["a", "c"]
+    assert not part.exists()
+
+
+def asked_of(base: Path, source: Path, litlora: Litlora, tmp_path: Path) -> str:
+    """The first line of an unfinished file."""
+    kept: list[str] = []
+    finish = AnswersFile.close
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AnswersFile, "close", lambda self: (kept.append(self.part.read_text()), finish(self))[1])
+        litlora("generate", "--checkpoint_dir", base, "--prompt_file", source, "--out_file", tmp_path / "other.jsonl",
+                "--max_new_tokens", 5)  # fmt: skip
+    return kept[0].split("\n")[0] + "\n"
 
 
 def test_the_context_ends_the_answer_and_it_is_said_once(base: Path, litlora: Litlora, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def without_oldest(messages: Sequence[dict[str, str]]) -> Messages | None:
 
 def answer(model: Decoder, opened: OpenModel, ids: list[int], args: Args, number: int) -> str:
     """Streams one answer to stdout and returns it, up to where Ctrl-C stopped it."""
-    text, last, start = "", Piece(0, "", 0), time.perf_counter()
+    text, last, start, first = "", Piece(0, "", 0), time.perf_counter(), 0.0
     fix = "/reset, a smaller --max_new_tokens, or --quantize bnb.nf4-dq"
     try:
         with explained_memory("the conversation", fix), opened.precision.forward_context():
@@ -128,6 +128,7 @@ def answer(model: Decoder, opened: OpenModel, ids: list[int], args: Args, number
                 stop=args.stop,
                 streams=[number],  # the same question asked again is answered anew
             ):
+                first = first or time.perf_counter() - start
                 text += last.text
                 print(last.text, end="", flush=True)
     except KeyboardInterrupt:
@@ -135,5 +136,5 @@ def answer(model: Decoder, opened: OpenModel, ids: list[int], args: Args, number
     print(flush=True)
     seconds = time.perf_counter() - start
     ending = {"length": ", ended by --max_new_tokens", "context": ", the context is full"}.get(last.end or "", "")
-    say(f"[{last.tokens} tokens, {last.tokens / seconds:.1f} tokens/sec{ending}]")
+    say(f"[{last.tokens} tokens, the first after {first:.2f} s, {last.tokens / seconds:.1f} tokens/sec{ending}]")
     return text

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from litlora.answers import Piece, answers, in_order
+from litlora.commands.answers_file import AnswersFile, check_out_file
 from litlora.commands.models import ModelArgs, OpenModel, explained_memory, open_model
 from litlora.commands.prompts import Prompt, read_prompts
 from litlora.decode import check_prompts
 from litlora.errors import InputError
 from litlora.metrics import Progress, peak_memory, reset_peak_memory, say
 from litlora.model import Decoder
+from litlora.peft_format import WEIGHTS
+
+BATCH_SIZES = {"cuda": 256, "cpu": 16}
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,9 @@ class Args(ModelArgs):
         input: alpaca's second field, the material that the instruction is about
         prompt_file: .txt (a prompt a line) or .jsonl (prompt, or instruction and input, or messages)
         out_file: write answers here, one JSON object a line (the row's own fields, prompt, text, tokens, end), instead
-            of to stdout
-        overwrite: replace an out_file that is there
-        batch_size: prompts answered side by side
+            of to stdout; a run that was interrupted goes on where it was when it is started again
+        overwrite: replace an out_file that is there, and start anew
+        batch_size: prompts answered side by side at most; without it 256 on a GPU, 16 on a CPU
         num_samples: answers to each prompt, which differ unless the temperature is 0
     """
 
@@ -39,7 +43,7 @@ class Args(ModelArgs):
     prompt_file: Path | None = None
     out_file: Path | None = None
     overwrite: bool = False
-    batch_size: int = 16
+    batch_size: int | None = None
     num_samples: int = 1
 
 
@@ -47,6 +51,7 @@ class Args(ModelArgs):
 class Request:
     """One answer that is wanted: sample number `sample` of `prompt`."""
 
+    number: int
     prompt: Prompt
     ids: list[int]
     sample: int
@@ -57,15 +62,24 @@ def run(args: Args) -> None:
     """Raises InputError, before the weights are read for whatever can be known by then."""
     # 1. everything that can be wrong is found before the long work starts
     args.check()
-    for name in ("batch_size", "num_samples"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} is out of range", got=getattr(args, name), wanted="at least 1")
-    check_out_file(args.out_file, args.overwrite)
+    for name, value in (("batch_size", args.batch_size), ("num_samples", args.num_samples)):
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is out of range", got=value, wanted="at least 1")
+    if args.out_file:
+        check_out_file(args.out_file, args.overwrite)
     if args.out_file and args.prompt_file and args.out_file.resolve() == args.prompt_file.resolve():
         raise InputError("the answers would replace --prompt_file", where=args.out_file, fix="another --out_file")
     prompts = read_prompts(args.prompt, args.input, args.prompt_file)
     opened = open_model(args, otherwise="none")
     requests = make_requests(prompts, opened, args)
+    target = None
+    if args.out_file:
+        question = asked(args, opened, requests)
+        target = AnswersFile(args.out_file, question, len(requests), overwrite=args.overwrite)
+        requests = [request for request in requests if request.number not in target.done]
+        if not requests:
+            target.close()
+            return
 
     # 2. the model
     reset_peak_memory(opened.precision.device)
@@ -74,10 +88,7 @@ def run(args: Args) -> None:
     # 3. the answers, as they come
     start = time.perf_counter()
     pieces = all_answers(model, opened, requests, args)
-    if args.out_file is None:
-        tokens = show(pieces, requests)
-    else:
-        tokens = write(pieces, requests, args.out_file, args.num_samples)
+    tokens = show(pieces, requests) if target is None else write(pieces, requests, target, args.num_samples)
     seconds = time.perf_counter() - start
 
     # 4. the articles' two lines
@@ -94,32 +105,57 @@ def make_requests(prompts: Sequence[Prompt], opened: OpenModel, args: Args) -> l
     if cut:
         which = f"{cut} of {len(prompts)} answers end" if len(prompts) > 1 else "the answer ends"
         say(f"note: {which} before --max_new_tokens {args.max_new_tokens}, at the model's context of {opened.context}")
+    samples = args.num_samples
     return [
         # a prompt's draws depend on its place in the file and the sample's number, on nothing else
-        Request(prompt, prompt_ids, sample, stream=(sample << 32) + number)
-        for number, (prompt, prompt_ids) in enumerate(zip(prompts, ids, strict=True))
-        for sample in range(args.num_samples)
+        Request(place * samples + sample, prompt, prompt_ids, sample, stream=(sample << 32) + place)
+        for place, (prompt, prompt_ids) in enumerate(zip(prompts, ids, strict=True))
+        for sample in range(samples)
     ]
 
 
+def asked(args: Args, opened: OpenModel, requests: Sequence[Request]) -> dict[str, Any]:
+    """All that decides the answers, by the names that users know."""
+    flags = (
+        "weights quantize quantize_head max_new_tokens temperature top_k top_p repetition_penalty seed stop num_samples"
+    )
+    assert opened.base.weights is not None
+    prompts = hashlib.sha256()
+    for request in requests:
+        prompts.update(json.dumps([request.prompt.instruction, request.prompt.row, request.ids]).encode())
+    return {
+        "checkpoint_dir": opened.base.weights.checkpoint.fingerprint,
+        "lora_path": [digest(adapter.directory / WEIGHTS) for adapter in opened.adapters],
+        "precision": opened.precision.precision,
+        "prompts": prompts.hexdigest(),
+        **{name: getattr(args, name) for name in flags.split()},
+    }
+
+
+def digest(file: Path) -> str:
+    whole = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            whole.update(block)
+    return whole.hexdigest()
+
+
 def all_answers(model: Decoder, opened: OpenModel, requests: Sequence[Request], args: Args) -> Iterator[Piece]:
-    """Batch after batch; `row` of a piece counts through all requests."""
-    rows = min(args.batch_size, len(requests))
+    """`row` of a piece is the place in `requests`."""
+    rows = min(args.batch_size or BATCH_SIZES[opened.precision.device.type], len(requests))
     smaller = f"--batch_size {rows // 2}" if rows > 1 else "--quantize bnb.nf4-dq, or a smaller --max_new_tokens"
     what = f"keys and values of {rows} rows"
     with explained_memory(what, smaller), opened.precision.forward_context():
-        for first in range(0, len(requests), args.batch_size):
-            batch = requests[first : first + args.batch_size]
-            for piece in answers(
-                model,
-                opened.tokenizer,
-                [request.ids for request in batch],
-                args.sampling(),
-                max_new_tokens=args.max_new_tokens,
-                stop=args.stop,
-                streams=[request.stream for request in batch],
-            ):
-                yield Piece(first + piece.row, piece.text, piece.tokens, piece.end)
+        yield from answers(
+            model,
+            opened.tokenizer,
+            [request.ids for request in requests],
+            args.sampling(),
+            max_new_tokens=args.max_new_tokens,
+            stop=args.stop,
+            streams=[request.stream for request in requests],
+            side_by_side=rows,
+        )
 
 
 def show(pieces: Iterable[Piece], requests: Sequence[Request]) -> int:
@@ -140,49 +176,29 @@ def shortened(text: str, width: int = 80) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def check_out_file(file: Path | None, overwrite: bool) -> None:
-    """Raises InputError for one that is there already, or that cannot be written."""
-    if file is None:
-        return
-    if file.exists() and (file.is_dir() or not overwrite):
-        fix = "another --out_file" + ("" if file.is_dir() else ", or --overwrite true")
-        raise InputError("the output file exists", where=file, fix=fix)
-    parent = file.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(file if file.exists() else parent, os.W_OK):
-        raise InputError("the output file cannot be written", where=file, fix="another --out_file")
-
-
-def write(pieces: Iterable[Piece], requests: Sequence[Request], file: Path, num_samples: int) -> int:
-    """A line an answer, in the order of the prompts, each on the disk as soon as those before it are; whatever is
-    finished when this is interrupted is written too. Returns the number of tokens."""
-    texts = [""] * len(requests)
-    finished: dict[int, str] = {}
-    tokens = written = done = 0
-    file.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    count = len(requests)
-    with file.open("w", encoding="utf-8") as stream, Progress(count, count // 10, "answers") as progress:
+def write(pieces: Iterable[Piece], requests: Sequence[Request], target: AnswersFile, num_samples: int) -> int:
+    """Answers to the file as they finish; whatever is finished when this is interrupted is kept. Returns the number of
+    tokens."""
+    texts, tokens = [""] * len(requests), [0] * len(requests)
+    total = done = 0
+    start, count, before = time.perf_counter(), len(requests), len(target.done)
+    with Progress(target.count, target.count // 10, "answers") as progress:
         try:
             for piece in pieces:
                 texts[piece.row] += piece.text
+                total += piece.tokens - tokens[piece.row]
+                tokens[piece.row] = piece.tokens
                 if piece.end is None:
                     continue
-                finished[piece.row] = line_of(requests[piece.row], texts[piece.row], piece, num_samples)
-                done, tokens = done + 1, tokens + piece.tokens
-                while written in finished:
-                    _write_line(stream, finished.pop(written))
-                    written += 1
+                request = requests[piece.row]
+                target.add(request.number, line_of(request, texts[piece.row], piece, num_samples))
+                done += 1
                 seconds = time.perf_counter() - start
                 rest = seconds / done * (count - done)
-                progress.step(done, {"tokens/s": f"{tokens / seconds:.1f}"}, rest)
+                progress.step(before + done, {"tokens/s": f"{total / seconds:.1f}"}, rest)
         finally:
-            for row in sorted(finished):
-                _write_line(stream, finished[row])
-            os.fsync(stream.fileno())
-            say(f"{done} of {count} answers in {file}")
-    return tokens
+            target.close()
+    return total
 
 
 def line_of(request: Request, text: str, last: Piece, num_samples: int) -> str:
@@ -191,8 +207,3 @@ def line_of(request: Request, text: str, last: Piece, num_samples: int) -> str:
     if num_samples > 1:
         ours["sample"] = request.sample
     return json.dumps({"prompt": request.prompt.instruction, **request.prompt.row, **ours}, ensure_ascii=False)
-
-
-def _write_line(stream: TextIO, line: str) -> None:
-    stream.write(line + "\n")
-    stream.flush()
