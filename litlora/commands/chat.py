@@ -12,6 +12,7 @@ from litlora.commands.models import ModelArgs, OpenModel, explained_memory, open
 from litlora.errors import InputError
 from litlora.metrics import peak_memory, reset_peak_memory, say
 from litlora.model import Decoder
+from litlora.ops import fastest
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 Messages = list[dict[str, str]]
@@ -39,7 +40,7 @@ def run(args: Args) -> None:
     start: Messages = [{"role": "system", "content": args.system}] if args.system else []
     fit([*start, {"role": "user", "content": "Hi"}], opened, args.max_new_tokens)  # a system text too long: known now
     reset_peak_memory(opened.precision.device)
-    model = opened.load()
+    model = opened.load(fastest(opened.precision.device)[0])
     say(HELP)
     messages, number = list(start), 0
     while (question := ask()) is not None:

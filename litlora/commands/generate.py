@@ -18,6 +18,7 @@ from litlora.decode import check_prompts
 from litlora.errors import InputError
 from litlora.metrics import Progress, peak_memory, reset_peak_memory, say
 from litlora.model import Decoder
+from litlora.ops import fastest
 from litlora.peft_format import WEIGHTS
 
 BATCH_SIZES = {"cuda": 256, "cpu": 16}
@@ -83,7 +84,7 @@ def run(args: Args) -> None:
 
     # 2. the model
     reset_peak_memory(opened.precision.device)
-    model = opened.load()
+    model = opened.load(fastest(opened.precision.device)[0])
 
     # 3. the answers, as they come
     start = time.perf_counter()
