@@ -41,7 +41,7 @@ from litlora.config import ModelConfig  # noqa: E402
 from litlora.decode import generate, make_engine  # noqa: E402
 from litlora.engine import State  # noqa: E402
 from litlora.kv_cache import bytes_per_token  # noqa: E402
-from litlora.load import RandomWeights, load_model  # noqa: E402
+from litlora.load import Directory, RandomWeights, load_model  # noqa: E402
 from litlora.lora import LoRA, adapt, lora_modules, lora_parameters  # noqa: E402
 from litlora.metrics import peak_memory, reset_peak_memory  # noqa: E402
 from litlora.model import Decoder  # noqa: E402
@@ -279,6 +279,44 @@ def ragged(bench: Bench, args: argparse.Namespace) -> Iterator[Row]:
             }
 
 
+def beside(directory: Path, add: Callable[[Row], None]) -> None:
+    """A real model on the CPU, one thread, greedy: ours and transformers' own loop by turns, the best of three."""
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    ids, new, device = list(range(100, 132)), 64, torch.device("cpu")
+    weights = RunPrecision("32-true", None, device)
+    ours = load_model(Directory.open(directory), weights.quantizer, dtype=torch.float32, device=device).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    theirs.generation_config.eos_token_id = None
+    prompt = torch.tensor([ids])
+
+    def run_ours() -> list[int]:
+        return [token for _, token in generate(ours, [ids], Sampling(), max_new_tokens=new, stop_ids=())]
+
+    @torch.inference_mode()
+    def run_theirs(**settings: Any) -> list[int]:
+        settings |= {"attention_mask": torch.ones_like(prompt), "max_new_tokens": new, "do_sample": False}
+        return theirs.generate(prompt, min_new_tokens=new, pad_token_id=0, **settings)[0, len(ids) :].tolist()  # type: ignore[no-any-return]
+
+    runs: dict[str, Callable[[], list[int]]] = {
+        "ours": run_ours,
+        "dynamic": run_theirs,
+        "static": partial(run_theirs, cache_implementation="static"),
+    }
+    texts = {name: run() for name, run in runs.items()}
+    best: dict[str, list[float]] = {name: [float("inf")] * 2 for name in runs}
+    for _ in range(3):
+        for name, run in runs.items():
+            clock, used = time.perf_counter(), time.process_time()
+            run()
+            taken = time.perf_counter() - clock, time.process_time() - used
+            best[name] = [min(pair) for pair in zip(best[name], taken, strict=True)]
+    rates = {f"{name}_tokens_per_second": new / wall for name, (wall, _) in best.items()}
+    rates |= {f"{name}_tokens_per_cpu_second": new / cpu for name, (_, cpu) in best.items()}
+    add({"measure": "beside transformers", **rates, "same_text": len(set(map(tuple, texts.values()))) == 1})
+
+
 MEASURES = {"decode": decode, "steps": steps, "prefill": prefill, "ragged": ragged}
 
 
@@ -317,6 +355,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="kernels of steps to kernels.txt")
     parser.add_argument("--tune", nargs="*", choices=tune.FORMATS, help="tiles of the linears; empty: all formats")
     parser.add_argument("--first_token", action="store_true", help="the command itself, from a checkpoint on disk")
+    parser.add_argument("--beside", type=Path, help="a checkpoint to run on the CPU beside transformers")
     parser.add_argument("--peers", type=Path, help="directory with the peers' drive.py; run after the models")
     parser.add_argument("--peers_site", type=Path, help="archive of the peers' packages")
     parser.add_argument("--peers_jobs", nargs="+", default=GEN_JOBS)
@@ -342,6 +381,8 @@ def main(argv: list[str] | None = None) -> None:
     jobs += [(name, partial(figures, name, args, results)) for name in args.models]
     if args.first_token:
         jobs.append(("first token", partial(first_token.run, args.size, results.add)))
+    if args.beside:
+        jobs.append(("beside transformers", partial(beside, args.beside, results.add)))
     for name, work in jobs:
         left = args.seconds - process_age()
         ended = in_child(work, min(args.limit, left)) if left > 0 else f"no time left within {args.seconds:.0f} s"

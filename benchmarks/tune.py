@@ -68,20 +68,21 @@ def measure(name: str, shape: str, candidate: tuple[int, ...], *, tiny: bool, re
     from litlora.few_rows import group_of
     from litlora.frozen import make_quantizer
     from litlora.ops import decode_kernels as kernels
+    from litlora.ops import decode_linear as linears
     from litlora.precision import pick_device
 
     device = pick_device("auto")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     quantizer = make_quantizer({"bf16": None, "fp8": "fp8", "nf4dq": "bnb.nf4-dq"}[name], dtype, device)
     rows, size, mode = (TINY if tiny else SHAPES)[shape]
-    kernels.tile_of = lambda *_: kernels.Tile(*candidate)
+    linears.tile_of = lambda *_: linears.Tile(*candidate)
     modes = {"store": kernels.STORE, "add": kernels.ADD, "gated": kernels.GATED}
     launches: list[Callable[[], None]] = []
     read, held = 0, 0.0
     while not launches or (repeats and not tiny and held < BUFFER):
         frozen = [quantizer.freeze(torch.randn(count, size, device=device, dtype=dtype) * 0.02, None) for count in rows]
         weights, factors = group_of(frozen, dtype)
-        linear = kernels.Linear(weights, factors, modes[mode], 1, dtype, pdl=has_pdl(device))
+        linear = linears.Linear(weights, factors, modes[mode], 1, dtype, pdl=has_pdl(device))
         read = sum(p.numel() * p.element_size() for module in frozen for p in module.parameters())
         held += read
         launches.append(launcher(linear, size, rows, mode, dtype, device))

@@ -15,20 +15,8 @@ from litlora.frozen import DenseLinear, FourBitLinear, Fp8Linear
 from litlora.kv_cache import KVCache
 from litlora.model import Block, Decoder, RMSNorm
 from litlora.ops.decode_attention import Workspace, attend
-from litlora.ops.decode_kernels import (
-    ADD,
-    BLOCK,
-    DENSE,
-    FOUR_BIT,
-    FP8,
-    GATED,
-    STORE,
-    Factors,
-    Linear,
-    Weight,
-    byte_planes,
-    embed,
-)
+from litlora.ops.decode_kernels import ADD, BLOCK, DENSE, FOUR_BIT, FP8, GATED, STORE, byte_planes
+from litlora.ops.decode_linear import Factors, Linear, Weight, embed
 from litlora.ops.parts import parts_of
 
 LARGEST_RANK = 256

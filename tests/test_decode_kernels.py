@@ -28,6 +28,7 @@ from litlora.load import Directory, RandomWeights, load_model  # noqa: E402
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules  # noqa: E402
 from litlora.model import Decoder  # noqa: E402
 from litlora.ops import decode_kernels as kernels  # noqa: E402
+from litlora.ops import decode_linear as linears  # noqa: E402
 from litlora.ops.decode_attention import Workspace, attend  # noqa: E402
 from litlora.sampling import Sampling  # noqa: E402
 
@@ -125,7 +126,7 @@ def test_a_step_is_the_models(
     held(lambda kind, few: logits(build(kind, quantize, lora, **shape), rows, few), dtype)
 
 
-def product(weights: list[kernels.Weight], dense: list[Tensor], rows: int, mode: int, dtype: torch.dtype) -> None:
+def product(weights: list[linears.Weight], dense: list[Tensor], rows: int, mode: int, dtype: torch.dtype) -> None:
     """A launch of all that are given beside the plain formula."""
     torch.manual_seed(3)
     size, outputs = weights[0].size, sum(weight.rows for weight in weights)
@@ -133,7 +134,7 @@ def product(weights: list[kernels.Weight], dense: list[Tensor], rows: int, mode:
     four_bit = weights[0].form == kernels.FOUR_BIT
     order = torch.tensor(kernels.ORDER, device=DEVICE)
     given = x.view(rows, -1, 8)[:, :, order].reshape(rows, size) if four_bit else x
-    launch = kernels.Linear(weights, [None] * len(weights), mode, rows, dtype, pdl=has_pdl(DEVICE))
+    launch = linears.Linear(weights, [None] * len(weights), mode, rows, dtype, pdl=has_pdl(DEVICE))
     y = torch.empty(rows, outputs if mode == kernels.STORE else weights[0].rows, dtype=dtype, device=DEVICE)
     exact = [x.double() @ weight.double().t() for weight in dense]
     if mode == kernels.ADD:
@@ -156,8 +157,8 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 
 TILES = {  # those of 16 bit, which the interpreter would not see
-    kernels.DENSE: [kernels.Tile(16, 256, 2, 4), kernels.Tile(32, 128, 4, 4)],
-    kernels.FOUR_BIT: [kernels.Tile(16, 256, 8, splits=4), kernels.Tile(32, 256, 4), kernels.Tile(64, 256, 4)],
+    kernels.DENSE: [linears.Tile(16, 256, 2, 4), linears.Tile(32, 128, 4, 4)],
+    kernels.FOUR_BIT: [linears.Tile(16, 256, 8, splits=4), linears.Tile(32, 256, 4), linears.Tile(64, 256, 4)],
 }
 
 
@@ -175,7 +176,7 @@ def test_every_tile_gives_the_product(
     frozen = [quantizer.freeze((torch.randn(rows, size) * 0.1).to(DEVICE, dtype), None) for rows in outputs]
     weights, _ = group_of(frozen, dtype)
     for tile in TILES[weights[0].form]:
-        monkeypatch.setattr(kernels, "tile_of", lambda *_, tile=tile: tile)
+        monkeypatch.setattr(linears, "tile_of", lambda *_, tile=tile: tile)
         for rows in (1,) if tile.splits > 1 else (1, 4):
             product(weights, [linear.dense_weight() for linear in frozen], rows, mode, dtype)
 

@@ -17,8 +17,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from litlora.ops import decode_attention, decode_kernels  # noqa: E402
-from litlora.ops.decode_kernels import ADD, DENSE, FOUR_BIT, FP8, GATED, STORE, Factors, Linear, Weight  # noqa: E402
+from litlora.ops import decode_attention, decode_linear  # noqa: E402
+from litlora.ops.decode_kernels import ADD, DENSE, FOUR_BIT, FP8, GATED, STORE  # noqa: E402
+from litlora.ops.decode_linear import Factors, Linear, Weight  # noqa: E402
 
 NAMES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8", torch.int64: "*i64",
@@ -77,7 +78,7 @@ def weight(form: int, rows: int, size: int, nested: bool) -> Weight:
 def test_linears(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
     made: list[Any] = []
     for name in ("_linear", "_down", "_embed"):
-        monkeypatch.setattr(decode_kernels, name, Compiled(getattr(decode_kernels, name), capability, made))
+        monkeypatch.setattr(decode_linear, name, Compiled(getattr(decode_linear, name), capability, made))
     pdl, c, f = capability >= 90, 4096, 11008
     shapes = {STORE: [(c, c), (1024, c), (1024, c)], GATED: [(f, c), (f, c)], ADD: [(c, f)]}
     for form, mode, rows, rank in (
@@ -96,7 +97,7 @@ def test_linears(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
         residual = (meta(rows, c), meta(c), meta(rows * launch.blocks, **fp32)) if mode == ADD else None
         norm = None if mode == ADD else (meta(rows * 128, **fp32), 128, 1e-5)
         launch.launch(meta(rows, size), meta(rows, outputs), norm=norm, residual=residual)
-    decode_kernels.embed(
+    decode_linear.embed(
         meta(4, dtype=torch.int64), meta(32000, c), meta(c), meta(4, c), meta(4, c), meta(4, dtype=torch.float32),
         permuted=True, pdl=pdl,
     )  # fmt: skip

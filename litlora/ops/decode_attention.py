@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from litlora.ops.decode_kernels import _order
+
 TILE = 64  # keys at a time
 LARGEST_HEAD = 256
 
@@ -37,13 +39,6 @@ def _halves(x, place, weight, cos, sin, pair, known, eps, half: tl.constexpr, no
         s = tl.load(sin + pair, mask=pair < half, other=0.0).to(tl.float32)
         a, b = a * c - b * s, b * c + a * s
     return a.to(first.dtype), b.to(first.dtype)
-
-
-@triton.jit
-def _order(place, permuted: tl.constexpr):
-    if permuted:
-        return place - place % 8 + tl.where(place % 2 == 1, place % 8 // 2, 4 + place % 8 // 2)
-    return place
 
 
 @triton.jit(do_not_specialize=["window"])

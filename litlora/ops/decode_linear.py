@@ -1,0 +1,196 @@
+"""What a decode step launches: linears of a few rows with all that follows them, in one kernel each.
+
+Sizes: R rows (a power of two, 16 at most), I in, O out, C hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from litlora.ops.decode_kernels import (
+    BLOCK,
+    FOUR_BIT,
+    FP8,
+    MOST_ROWS,
+    OPERANDS,
+    RANKS,
+    STORE,
+    UNPACKING,
+    _down,
+    _embed,
+    _linear,
+)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A frozen weight (O, I) as the kernels read it."""
+
+    form: int
+    data: Tensor  # (O, I), or words of eight 4-bit numbers (O · I / 8,) int32
+    rows: int
+    size: int
+    scales: Tensor | None = None  # of rows (O,) in fp8; absmax in 4 bits
+    nested: tuple[Tensor, Tensor, Tensor] | None = None  # of the absmax itself: absmax, code, offset
+    table: Tensor | None = None  # `byte_planes` of the 4-bit code, or the code itself where there is no PTX
+    bias: Tensor | None = None  # (O,)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank update factor · B A."""
+
+    A: Tensor  # (r, I)
+    B: Tensor  # (O, r)
+    factor: float
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a weight is read: `rows` x `columns` at a time, by so many warps; the columns in `splits` parts at once."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+    splits: int = 1
+
+
+FEW = 8192  # rows, below which a program takes fewer of them, so that every multiprocessor has work
+
+
+def tile_of(weight: Weight, outputs: int, rows: int, dtype: torch.dtype) -> Tile:
+    """For a product with so many rows of x, of a launch that writes so many columns."""
+    few = outputs < FEW
+    if dtype == torch.float32:  # no tensor cores: small enough for the registers
+        return Tile(16, 64, 4) if weight.form == FOUR_BIT else Tile(16, 32, 4, stages=2)
+    if weight.form == FOUR_BIT:
+        columns = min(256, max(128, 1024 // rows))  # the product's blocks and rows fill the 16 that it is padded to
+        if few and rows == 1:
+            return Tile(16, columns, 8, splits=4)
+        return Tile(32, columns, 4)
+    if few:
+        return Tile(16, 256, 2, stages=4)
+    return Tile(32, 256, 4, stages=4) if weight.form == FP8 else Tile(32, 128, 4, stages=4)
+
+
+def _power(n: int) -> int:
+    return int(triton.next_power_of_2(n))
+
+
+class Linear:
+    """One launch: linears over the same x (R, I), and what follows them."""
+
+    def __init__(
+        self,
+        weights: Sequence[Weight],
+        factors: Sequence[Factors | None],
+        mode: int,
+        rows: int,
+        dtype: torch.dtype,
+        *,
+        permuted: bool = False,
+        pdl: bool = False,
+    ) -> None:
+        """`permuted`: what is written is read by a 4-bit linear. All weights are of one format and size."""
+        first = weights[0]
+        self.weights, self.factors, self.mode, self.rows = weights, factors, mode, rows
+        self.permuted, self.pdl = permuted, pdl
+        self.size, self.outputs = first.size, sum(weight.rows for weight in weights)
+        self.tile = tile_of(first, self.outputs, rows, dtype)
+        self.blocks = triton.cdiv(first.rows, self.tile.rows)  # of sums of squares, in mode ADD
+        self.bias: Tensor | None = None
+        if any(weight.bias is not None for weight in weights):
+            zeros = torch.zeros
+            parts = [zeros(w.rows, dtype=dtype, device=w.data.device) if w.bias is None else w.bias for w in weights]
+            self.bias = torch.cat(parts)
+        ranks = [0 if f is None else len(f.A) for f in factors]
+        self.ranks = [*ranks, 0, 0][:3]
+        self.z: Tensor | None = None
+        if any(ranks):
+            # of many small sums one program cannot make all; of large ranks they would be too many to add up
+            self.parts = max(1, 16 // _power(triton.cdiv(max(ranks), RANKS)))
+            self.z = torch.empty(self.parts, rows, sum(ranks), dtype=torch.float32, device=first.data.device)
+
+    def launch(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        norm: tuple[Tensor, int, float] | None = None,
+        residual: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        """x (R, I) to y (R, O); in mode GATED y is silu(first) · second.
+
+        `norm`: sums of squares (R, blocks) of what x is a scaled copy of, their number and eps: the result is divided
+        by its rms. `residual` (mode ADD): the residual stream (R, O), added to in place, the weight (O,) of the norm
+        that follows, and its sums of squares (R, self.blocks); y is the stream times that weight.
+        """
+        tile, first, given, rows = self.tile, self.weights[0], len(self.weights), self.rows
+        weights = [*self.weights, first, first][:3]
+        count = [weight.rows if index < given else 0 for index, weight in enumerate(weights)]
+        adapted = [*self.factors, None, None][:3]
+        sides = [first.data if f is None else f.B for f in adapted]
+        if self.z is not None:
+            self._launch_down(x, adapted)
+            default = next(f.B for f in adapted if f is not None)
+            sides = [default if f is None else f.B for f in adapted]
+        sums, blocks, eps = norm or (x, 1, 0.0)
+        stream, norm_weight, new_sums = residual or (y, y, y)
+        scales = [weight.data if weight.scales is None else weight.scales for weight in weights]
+        nested = [weight.nested or (first.data, first.data, first.data) for weight in weights]
+        programs = [triton.cdiv(number, tile.rows) for number in count]
+        four_bit, m = first.form == FOUR_BIT, MOST_ROWS
+        if four_bit:
+            m = max(m, tile.columns // BLOCK * tile.splits * rows)
+        asm = four_bit and first.table is not None and first.table.dtype == torch.int32
+        _linear[(sum(programs) if self.mode == STORE else programs[0],)](
+            x, sums, blocks, eps, *(weight.data for weight in weights), *scales, *(n[0] for n in nested),
+            *(n[2] for n in nested), nested[0][1], first.data if first.table is None else first.table,
+            x if self.bias is None else self.bias, x if self.z is None else self.z, *sides, *self.ranks,
+            *(0.0 if f is None else f.factor for f in adapted), y, stream, norm_weight, new_sums, self.size, *count,
+            mode=self.mode, form=first.form, nested=first.nested is not None, asm=UNPACKING if asm else None,
+            operands=OPERANDS, norm=norm is not None, biased=self.bias is not None,
+            most=RANKS * triton.cdiv(max(self.ranks), RANKS), parts=1 if self.z is None else self.parts, step=RANKS,
+            r=rows, m=m, splits=tile.splits, tile_o=tile.rows, tile_i=tile.columns, stages=tile.stages,
+            even=self.size % tile.columns == 0, blocks_block=_power(blocks), permuted=self.permuted, pdl=self.pdl,
+            num_warps=tile.warps, **_options(self.pdl),
+        )  # fmt: skip
+
+    def _launch_down(self, x: Tensor, adapted: Sequence[Factors | None]) -> None:
+        default = next(f.A for f in adapted if f is not None)
+        tops = [default if f is None else f.A for f in adapted]
+        programs = sum(triton.cdiv(rank, RANKS) for rank in self.ranks)
+        _down[(programs, self.parts)](
+            x, *tops, *self.ranks, self.z, self.size, r=self.rows, m=MOST_ROWS, parts=self.parts, tile_i=64,
+            permuted=self.weights[0].form == FOUR_BIT, step=RANKS, pdl=self.pdl, num_warps=4, **_options(self.pdl),
+        )  # fmt: skip
+
+
+def embed(
+    tokens: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    y: Tensor,
+    sums: Tensor,
+    *,
+    permuted: bool,
+    pdl: bool,
+) -> None:
+    """Rows of the embedding `table` (V, C) for tokens (R,) to the residual stream (R, C); times the first norm's weight
+    to y (R, C); their sums of squares (R, 1)."""
+    size = table.shape[1]
+    _embed[(len(tokens),)](
+        tokens, table, weight, residual, y, sums, size, permuted=permuted, block=_power(size), pdl=pdl, num_warps=8,
+        **_options(pdl),
+    )  # fmt: skip
+
+
+def _options(pdl: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if pdl else {}
