@@ -246,7 +246,7 @@ def refuse_link(path: Path) -> None:
     """Raises InputError for a link that leads out of its directory. In the hub's cache, links to its blobs are what the
     files are: snapshots/REVISION/FILE -> ../../blobs/HASH."""
     if path.is_symlink():
-        root, target = path.parent.resolve(), path.resolve()
+        root, target = path.parent.resolve(), Path(os.path.realpath(path))  # resolve() raises for a link to itself
         cached = [above.parents[1] / "blobs" for above in (root, root.parent) if above.parent.name == "snapshots"]
         if not any(home in target.parents for home in (root, *cached)):
             fix = "put the file itself in its place (cp or ln, not ln -s)"

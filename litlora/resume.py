@@ -31,6 +31,7 @@ from litlora.checkpoint import (
     fsync_directory,
     make_header,
     read_json,
+    refuse_links,
     write_json,
     write_shard,
     write_text,
@@ -104,6 +105,7 @@ class TrainingCheckpoint:
     def open(cls, directory: Path) -> TrainingCheckpoint:
         """Raises InputError for what is missing or damaged."""
         file = directory / STATE
+        refuse_links(directory)
         raw = read_json(file)
         if raw.get("format") != FORMAT:
             raise InputError("a checkpoint of another format", where=file, got=raw.get("format"), wanted=FORMAT)

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litlora.checkpoint import INDEX, SINGLE, Checkpoint, read_json, require_disk, require_writable, write_json
+from litlora.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    read_json,
+    refuse_link,
+    require_disk,
+    require_writable,
+    write_json,
+)
 from litlora.config import ModelConfig
 from litlora.errors import InputError
 from litlora.hub import RemoteFile, Unreachable, fetch, hub_errors, list_files
@@ -158,6 +167,7 @@ def _size(path: Path) -> int:
 def _record(directory: Path) -> dict[str, Any]:
     """What the last complete download into `directory` noted. Raises InputError for a record of another shape."""
     file = directory / RECORD
+    refuse_link(file)
     record = read_json(file) if file.is_file() else {}
     files = record.get("files", {})
     fine = isinstance(files, dict) and all(

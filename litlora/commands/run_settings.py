@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from litlora.checkpoint import refuse_link
 from litlora.commands.data_flags import DataArgs
 from litlora.errors import InputError
 from litlora.flat_yaml import read_flat_yaml
@@ -23,6 +24,7 @@ def as_in_the_run(args: Args, directory: Path, given: frozenset[str]) -> Args:
     file = directory / SETTINGS
     if not file.is_file():
         return args
+    refuse_link(file)
     kept = given | OTHERS | (SOURCE if given & SOURCE else frozenset())
     defaults = {field.name: field.default for field in fields(DataArgs) if field.name not in kept}
     settings = read_settings(file, list(defaults))

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from litlora.checkpoint import Shard, read_json
+from litlora.checkpoint import Shard, read_json, refuse_link
 from litlora.errors import InputError
 from litlora.flat_yaml import read_flat_yaml
 from litlora.peft_format import WEIGHTS
@@ -76,6 +76,7 @@ def read_run(directory: Path) -> Run:
         if not file.is_file():
             return None
         try:
+            refuse_link(file)
             if name in MAX_BYTES and file.stat().st_size > MAX_BYTES[name]:
                 raise InputError(f"larger than {MAX_BYTES[name] / 1e6:g} MB")
             return parse(file)
@@ -182,6 +183,7 @@ def _trainable(run: Run) -> int | None:
         return int(value)
     for directory in (run.path, run.path / "last"):
         try:
+            refuse_link(directory / WEIGHTS)
             return sum(math.prod(info.shape) for info in Shard.open(directory / WEIGHTS).tensors)
         except (InputError, OSError):
             continue
