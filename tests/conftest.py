@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,13 @@ if os.environ.get("CI"):
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests leave the user's own cache alone.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> None:
+    """Python's own, whatever a test before or the shell that started pytest has left: a second one must not end the
+    process that runs the tests."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
