@@ -79,7 +79,8 @@ class Layer:
         self.reads_words = words(inputs)
         self.attention_permuted = words(output)
         self.qkv = Linear(*inputs, STORE, rows, dtype, pdl=pdl)
-        self.output = Linear(*output, ADD, rows, dtype, permuted=words(inner), pdl=pdl)
+        # attention reads little, so that the memory has time for the weights of what follows it
+        self.output = Linear(*output, ADD, rows, dtype, permuted=words(inner), pdl=pdl, ahead=True)
         self.inner = Linear(*inner, GATED, rows, dtype, permuted=words(outer), pdl=pdl)
         self.outer = Linear(*outer, ADD, rows, dtype, permuted=following, pdl=pdl)
         self.norm = block.post_attention_layernorm.weight.detach()

@@ -93,7 +93,9 @@ def test_linears(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
         factors = [
             Factors(meta(rank, size, **fp32), meta(w.rows, rank, **fp32), 2.0) if rank else None for w in weights
         ]
-        launch = Linear(weights, factors, mode, rows, torch.bfloat16, permuted=form == FOUR_BIT, pdl=pdl)
+        launch = Linear(
+            weights, factors, mode, rows, torch.bfloat16, permuted=form == FOUR_BIT, pdl=pdl, ahead=mode == ADD
+        )
         residual = (meta(rows, c), meta(c), meta(rows * launch.blocks, **fp32)) if mode == ADD else None
         norm = None if mode == ADD else (meta(rows * 128, **fp32), 128, 1e-5)
         launch.launch(meta(rows, size), meta(rows, outputs), norm=norm, residual=residual)

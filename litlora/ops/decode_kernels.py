@@ -177,6 +177,16 @@ def _dense(
 
 
 @triton.jit
+def _fetch_ahead(w, row_bytes, piece, first, rows, tile_o: tl.constexpr, pieces: tl.constexpr):
+    """A program's rows into the L2 cache, each in `pieces`, while the kernel before this one leaves the memory idle."""
+    lane = tl.arange(0, tile_o * pieces)
+    row = tl.minimum(first + lane // pieces, rows - 1).to(tl.int64)
+    place = w.to(tl.int64) + row * row_bytes + tl.minimum(lane % pieces * piece, row_bytes - piece)
+    asm: tl.constexpr = "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;"
+    tl.inline_asm_elementwise(asm, "=r,l,r", [place, piece], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _order(place, permuted: tl.constexpr):
     """Where element `place` lies; eight of them in ORDER where the reader is a 4-bit linear."""
     if permuted:
@@ -215,10 +225,12 @@ def _up(
 def _linear(
     x, sums, blocks, eps, w0, w1, w2, s0, s1, s2, n0, n1, n2, o0, o1, o2, code, table, bias,
     z, b0, b1, b2, rank0, rank1, rank2, f0, f1, f2, y, residual, norm_weight, new_sums, size, rows0, rows1, rows2,
+    row_bytes, piece,
     mode: tl.constexpr, form: tl.constexpr, nested: tl.constexpr, asm: tl.constexpr, operands: tl.constexpr,
     norm: tl.constexpr, biased: tl.constexpr, most: tl.constexpr, parts: tl.constexpr, step: tl.constexpr,
     r: tl.constexpr, m: tl.constexpr, splits: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
     stages: tl.constexpr, even: tl.constexpr, blocks_block: tl.constexpr, permuted: tl.constexpr, pdl: tl.constexpr,
+    pieces: tl.constexpr,
 ):  # fmt: skip
     """Up to three linears over one x, or two and their SwiGLU, or one and the residual stream: see `decode_linear`."""
     if pdl:
@@ -235,6 +247,8 @@ def _linear(
             w, s, n, o, b, rows, rank, factor = w1, s1, n1, o1, b1, rows1, rank1, f1
             offset, before, local = rank0, rows0, number - blocks0
     first = local * tile_o
+    if pieces:
+        _fetch_ahead(w, row_bytes, piece, first, rows, tile_o, pieces)
     if form == 2:
         total = _four_bit(x, w, s, n, code, o, table, first, rows, size, nested, asm, operands, r, m, splits, tile_o, tile_i, pdl)  # fmt: skip  # noqa: E501
     else:

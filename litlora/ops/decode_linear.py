@@ -96,14 +96,22 @@ class Linear:
         *,
         permuted: bool = False,
         pdl: bool = False,
+        ahead: bool = False,
     ) -> None:
-        """`permuted`: what is written is read by a 4-bit linear. All weights are of one format and size."""
+        """`permuted`: what is written is read by a 4-bit linear. `ahead`: with `pdl`, all of the weights are fetched
+        into the card's cache while the kernel in front still runs. All weights are of one format and size."""
         first = weights[0]
         self.weights, self.factors, self.mode, self.rows = weights, factors, mode, rows
         self.permuted, self.pdl = permuted, pdl
         self.size, self.outputs = first.size, sum(weight.rows for weight in weights)
         self.tile = tile_of(first, self.outputs, rows, dtype)
         self.blocks = triton.cdiv(first.rows, self.tile.rows)  # of sums of squares, in mode ADD
+        self.row_bytes = first.data.element_size() * first.data.numel() // first.rows
+        # one for each thread, in multiples of the 16 bytes that the card takes
+        self.pieces = max(1, 32 * self.tile.warps // self.tile.rows)
+        self.piece = min(self.row_bytes, 16 * triton.cdiv(self.row_bytes, 16 * self.pieces))
+        if not (ahead and pdl and self.row_bytes % 16 == 0):
+            self.pieces = 0
         self.bias: Tensor | None = None
         if any(weight.bias is not None for weight in weights):
             zeros = torch.zeros
@@ -154,12 +162,13 @@ class Linear:
             *(n[2] for n in nested), nested[0][1], first.data if first.table is None else first.table,
             x if self.bias is None else self.bias, x if self.z is None else self.z, *sides, *self.ranks,
             *(0.0 if f is None else f.factor for f in adapted), y, stream, norm_weight, new_sums, self.size, *count,
+            self.row_bytes, self.piece,
             mode=self.mode, form=first.form, nested=first.nested is not None, asm=UNPACKING if asm else None,
             operands=OPERANDS, norm=norm is not None, biased=self.bias is not None,
             most=RANKS * triton.cdiv(max(self.ranks), RANKS), parts=1 if self.z is None else self.parts, step=RANKS,
             r=rows, m=m, splits=tile.splits, tile_o=tile.rows, tile_i=tile.columns, stages=tile.stages,
             even=self.size % tile.columns == 0, blocks_block=_power(blocks), permuted=self.permuted, pdl=self.pdl,
-            num_warps=tile.warps, **_options(self.pdl),
+            pieces=self.pieces, num_warps=tile.warps, **_options(self.pdl),
         )  # fmt: skip
 
     def _launch_down(self, x: Tensor, adapted: Sequence[Factors | None]) -> None:
