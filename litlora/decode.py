@@ -19,7 +19,6 @@ from litlora.errors import InputError
 from litlora.kv_cache import Continuation, Prefill, on_device
 from litlora.model import Decoder
 from litlora.sampling import NOT_FINITE, Sampling
-from litlora.sequences import Sequences as Attention
 
 __all__ = ["Sampling", "check_prompts", "generate", "room"]
 
@@ -95,14 +94,18 @@ def _run(rows: _Rows, stop_ids: frozenset[int], ended: Collection[int]) -> Itera
         over: set[int] = set()
         unread: deque[_Reading] = deque()
         while True:
-            joining = rows.joining()
+            joining, crowded = rows.joining(), False
             if joining:
                 unread.append(rows.prefill(joining))
-            elif rows.live:
+            elif rows.live and rows.grow():
                 unread.append(rows.step())
-            elif not unread:
+            elif rows.live and not unread:
+                rows.put_back()
+            elif unread:
+                crowded = True  # what is still under way may end rows that others make room for
+            else:
                 return
-            while unread and (len(unread) > late or not rows.live):
+            while unread and (len(unread) > late or crowded or not rows.live):
                 for row, token in unread.popleft().get():
                     if row in over or row in ended:
                         continue  # one step was under way when its end was read
@@ -110,6 +113,7 @@ def _run(rows: _Rows, stop_ids: frozenset[int], ended: Collection[int]) -> Itera
                         raise _not_finite(row)
                     if token in stop_ids:
                         over.add(row)
+                    rows.ids[row].append(token)
                     yield row, token
                 rows.leave(over, ended)
             rows.leave(over, ended)
@@ -176,14 +180,15 @@ class _Rows:
         streams: Sequence[int],
         slots: int,
     ) -> None:
-        self.model, self.prompts, self.streams = model, prompts, list(streams)
+        self.model, self.streams = model, list(streams)
         self.device = model.model.embed_tokens.weight.device
+        self.ids = [list(prompt) for prompt in prompts]  # of each row, with the tokens of its answer that were read
         self.waiting = deque(range(len(prompts)))
         self.live: list[int] = []  # rows by slot
         self.slots = min(slots, len(prompts))
-        self.left = list(limits)  # tokens that a row may still get, by row
+        self.left = list(limits)  # tokens that a row may still get
         self.chosen = [0] * len(prompts)
-        self.starts: dict[int, int] = {}  # of the live rows, in the cache
+        self.cached = [0] * len(prompts)  # tokens of a live row in the cache
         # the last token of a row is chosen but never fed back
         self.capacities = [len(prompt) + left - 1 for prompt, left in zip(prompts, limits, strict=True)]
         self.stale = False  # whether the device's numbers are not ours
@@ -193,10 +198,6 @@ class _Rows:
         """Takes the memory, when the first prompt needs it. Raises InputError where there is too little."""
         self.engine = make_engine(self.model, self.slots, self.capacities)
         self.state = State(self.engine.width, *self.settings, self.device)
-
-    def written(self, row: int) -> int:
-        """Tokens of a live row in the cache, once its prompt is there."""
-        return len(self.prompts[row]) + max(0, self.chosen[row] - 1)
 
     @torch.inference_mode()
     def joining(self) -> list[int]:
@@ -208,21 +209,22 @@ class _Rows:
             self.start()
         found: list[int] = []
         while self.waiting and len(found) < free:
-            start = self.engine.reserve(self.capacities[self.waiting[0]])
-            if start is None:
+            row = self.waiting[0]
+            if not self.engine.admit(row, len(self.ids[row]), len(self.live) + len(found)):
                 break
             found.append(self.waiting.popleft())
-            self.starts[found[-1]] = start
         return found
 
     @torch.inference_mode()
     def prefill(self, rows: list[int]) -> _Reading:
-        """The prompts into the cache, and each row's first token."""
+        """The prompts into the cache, and each row's next token."""
         slots = slice(len(self.live), len(self.live) + len(rows))
         self.live += rows
+        for row in rows:
+            self.cached[row] = len(self.ids[row])
         self.upload()
         for slot, row in enumerate(rows, slots.start):
-            self.state.look_at(slot, self.prompts[row])
+            self.state.look_at(slot, self.ids[row])
         hidden = torch.cat([self.last_hidden(group) for group in self.groups(rows)])
         self.state.choose(self.model.lm_head(hidden), slots)
         return self.reading(rows, slots)
@@ -232,42 +234,51 @@ class _Rows:
         group: list[int] = []
         tokens = 0
         for row in rows:
-            if group and tokens + len(self.prompts[row]) > PREFILL_TOKENS:
+            if group and tokens + len(self.ids[row]) > PREFILL_TOKENS:
                 yield group
                 group, tokens = [], 0
             group.append(row)
-            tokens += len(self.prompts[row])
+            tokens += len(self.ids[row])
         yield group
 
     def last_hidden(self, rows: list[int]) -> Tensor:
         """(rows, C) of the prompts' last tokens. A prompt longer than PREFILL_TOKENS is alone, and goes in pieces."""
-        cache, lengths = self.engine.cache, [min(len(self.prompts[row]), PREFILL_TOKENS) for row in rows]
-        starts = [self.starts[row] for row in rows]
-        sequences: Attention = Prefill(cache, lengths, starts, self.device)
-        ids = [i for row, length in zip(rows, lengths, strict=True) for i in self.prompts[row][:length]]
-        hidden: Tensor = self.model(self.to_device(ids), sequences)
-        prompt, first = self.prompts[rows[0]], lengths[0]
+        cache, engine = self.engine.cache, self.engine
+        pieces = [self.ids[row][:PREFILL_TOKENS] for row in rows]
+        places = [engine.places(row, 0, len(piece)) for row, piece in zip(rows, pieces, strict=True)]
+        hidden: Tensor = self.model(
+            self.to_device([i for piece in pieces for i in piece]), Prefill(cache, places, self.device)
+        )
+        lengths, prompt, first = [len(piece) for piece in pieces], self.ids[rows[0]], len(pieces[0])
         while first < len(prompt):
             piece = prompt[first : first + min(CONTINUED_TOKENS, PREFILL_TOKENS)]
-            sequences = Continuation(cache, starts[0], first, len(piece), self.device)
-            hidden, first, lengths = self.model(self.to_device(piece), sequences), first + len(piece), [len(piece)]
+            where = engine.places(rows[0], 0, first + len(piece))
+            hidden = self.model(self.to_device(piece), Continuation(cache, where, first, self.device))
+            first, lengths = first + len(piece), [len(piece)]
         return hidden[self.to_device(lengths).cumsum(0) - 1]
 
     def to_device(self, numbers: Sequence[int]) -> Tensor:
         return on_device(torch.tensor(numbers), self.device)
+
+    def grow(self) -> bool:
+        """Whether the cache has room for the next token of every live row."""
+        return all(self.engine.grow(row, self.cached[row] + 1) for row in self.live)
 
     @torch.inference_mode()
     def step(self) -> _Reading:
         """Feeds each row's newest token and chooses the next."""
         if self.stale:
             self.upload()
-        self.engine.step(self.state, [self.written(row) for row in self.live])
+        self.engine.step(self.state, [self.cached[row] for row in self.live])
+        for row in self.live:
+            self.cached[row] += 1
         return self.reading(self.live, slice(0, len(self.live)))
 
     def upload(self) -> None:
         """What the host knows of the live rows, in slot order."""
-        numbers = [(self.starts[r], self.written(r), self.streams[r], self.chosen[r], 1) for r in self.live]
+        numbers = [(self.cached[row], self.streams[row], self.chosen[row], 1) for row in self.live]
         self.state.upload(numbers)
+        self.engine.settle(self.live, [self.cached[row] for row in self.live])
         self.stale = False
 
     def reading(self, rows: Sequence[int], slots: slice) -> _Reading:
@@ -276,24 +287,31 @@ class _Rows:
             self.chosen[row] += 1
         return _Reading(rows, self.state.tokens[slots])
 
-    @torch.inference_mode()
     def leave(self, over: Collection[int], ended: Collection[int]) -> None:
         """Lets the rows go that are over. What the host knows beforehand (a row's limit) is never fed once too often:
-        nothing is written behind a row's span."""
+        no row grows beyond what it was said to need."""
         kept = [s for s, row in enumerate(self.live) if self.left[row] and row not in over and row not in ended]
-        count = len(kept)
-        if count == len(self.live):
-            return
-        for slot in set(range(len(self.live))) - set(kept):
-            self.engine.release(self.starts.pop(self.live[slot]))
-        # the last slots move into those that became free
-        holes = sorted(set(range(count)) - set(kept))
+        if len(kept) < len(self.live):
+            self.keep(kept)
+
+    def put_back(self) -> None:
+        """The last of the prompts waits again, with what it has of its answer, so that the others have room."""
+        row = max(self.live)
+        self.keep([slot for slot, other in enumerate(self.live) if other != row])
+        self.waiting.appendleft(row)
+
+    @torch.inference_mode()
+    def keep(self, slots: list[int]) -> None:
+        """Only these slots stay; the last of them move into those that became free."""
+        count = len(slots)
+        for slot in set(range(len(self.live))) - set(slots):
+            self.engine.leave(self.live[slot])
+        holes = sorted(set(range(count)) - set(slots))
         order = list(range(count))
-        for hole, mover in zip(holes, (slot for slot in kept if slot >= count), strict=True):
+        for hole, mover in zip(holes, (slot for slot in slots if slot >= count), strict=True):
             order[hole] = mover
         self.live = [self.live[slot] for slot in order]
         if holes:
             self.state.reorder(order)
-        starts = self.engine.settle([self.starts[row] for row in self.live], [self.written(row) for row in self.live])
-        self.starts = dict(zip(self.live, starts, strict=True))
+        self.engine.settle(self.live, [self.cached[row] for row in self.live])
         self.stale = True

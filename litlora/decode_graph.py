@@ -1,9 +1,9 @@
 """The decode step on a card: one captured graph for each of a few batch sizes, sampling included, over a cache in which
-each row has just the room it may need.
+rows grow page by page.
 
-A batch is filled up to the next size by slots of no row, which write to the cache's first token. Up to 16 rows the step
+A batch is filled up to the next size by slots of no row, which write to the cache's first page. Up to 16 rows the step
 is `FewRows`, where the model's formats allow it; else the model itself, with attention of our own.
-Sizes: B slots, H heads, K key/value heads, D head dim.
+Sizes: B slots, P pages of a row at most, H heads, K key/value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from litlora.engine import State
 from litlora.errors import InputError
 from litlora.few_rows import FewRows, Unsupported
-from litlora.kv_cache import KVCache, Spans, bytes_per_token
+from litlora.kv_cache import PAGE, KVCache, Pages, bytes_per_token, on_device
 from litlora.model import Decoder
 from litlora.ops.decode_attention import LARGEST_HEAD, Workspace, attend
 from litlora.ops.decode_kernels import MOST_ROWS
@@ -51,23 +52,54 @@ class Captured:
         embedding = model.model.embed_tokens.weight
         self.model, self.device, self.longest = model, embedding.device, max(capacities)
         self.width = max(MOST_ROWS, padded(slots))
-        tokens = pool(model, sorted(capacities)[-slots:], self.device)
-        self.cache = KVCache(model.config, tokens + 1, embedding.dtype, self.device)
-        self.spans = Spans(1, tokens + 1)  # the first token is everybody's who is nobody
+        pages = pool(model, sorted(capacities)[-slots:], self.device) + 1
+        self.cache, self.pages = KVCache(model.config, pages * PAGE, embedding.dtype, self.device), Pages(pages)
+        self.rows: list[int] = []  # by slot
+        self.slots: dict[int, int] = {}
+        self.table = np.zeros((self.width, -(-self.longest // PAGE)), dtype=np.int32)  # pages by slot
+        self.device_table = torch.zeros(self.table.shape, dtype=torch.int32, device=self.device)  # (B, P)
+        self.stale = False  # whether the device's is not ours
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.forwards: dict[int, Callable[[State], Tensor]] = {}
         self.pool: Any = None  # the memory that the graphs share
 
-    def reserve(self, tokens: int) -> int | None:
-        return self.spans.take(tokens)
+    def admit(self, row: int, tokens: int, live: int) -> bool:
+        """Only where every other row finds a page for its next tokens, too."""
+        enough = not live or len(self.pages.free) >= -(-(tokens + 1) // PAGE) + live
+        return enough and self.pages.hold(row, tokens)
 
-    def release(self, start: int) -> None:
-        self.spans.give_back(start)
+    def grow(self, row: int, tokens: int) -> bool:
+        before = len(self.pages.of[row])
+        if not self.pages.hold(row, tokens):
+            return False
+        if len(self.pages.of[row]) > before:
+            self._list(self.slots[row], row)
+        return True
 
-    def settle(self, starts: list[int], lengths: list[int]) -> list[int]:
-        return starts
+    def leave(self, row: int) -> None:
+        self.pages.give_back(row)
+
+    def places(self, row: int, first: int, count: int) -> Tensor:
+        return self.pages.places(row, first, count)
+
+    def settle(self, rows: list[int], lengths: list[int]) -> None:
+        for slot, row in enumerate(rows):
+            if slot >= len(self.rows) or self.rows[slot] != row:
+                self._list(slot, row)
+        for slot in range(len(rows), len(self.rows)):
+            self.table[slot] = 0
+        self.rows, self.slots = list(rows), {row: slot for slot, row in enumerate(rows)}
+        self.stale = True
+
+    def _list(self, slot: int, row: int) -> None:
+        pages = self.pages.of[row]
+        self.table[slot, : len(pages)] = pages
+        self.stale = True
 
     def step(self, state: State, lengths: list[int]) -> None:
+        if self.stale:
+            self.device_table.copy_(on_device(torch.from_numpy(self.table.copy()), self.device))
+            self.stale = False
         size = padded(len(lengths))
         if size in self.graphs:
             self.graphs[size].replay()
@@ -107,13 +139,12 @@ class Captured:
             except Unsupported:
                 pass
             else:
-                return lambda state: few(state.tokens[:size], state.positions[:size], state.starts[:size])
+                return lambda state: few(state.tokens[:size], state.positions[:size], self.device_table)
         shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         workspace = Workspace.of(size, *shape, self.device)
 
         def many(state: State) -> Tensor:
-            slots = slice(0, size)
-            sequences = CachedRows(self.cache, state.positions[slots], state.starts[slots], workspace)
+            sequences = CachedRows(self.cache, state.positions[:size], self.device_table, workspace)
             return self.model.lm_head(self.model(state.inputs(size), sequences))  # type: ignore[no-any-return]
 
         return many
@@ -131,34 +162,34 @@ def has_pdl(device: torch.device) -> bool:
 
 
 def pool(model: Decoder, capacities: Sequence[int], device: torch.device) -> int:
-    """How many tokens the cache holds: all of `capacities`, or what the card's memory leaves; the longest at least.
+    """How many pages the cache has: for all of `capacities`, or what the card's memory leaves, but for the longest.
     Raises InputError where that does not fit."""
-    wanted = sum(capacities)
+    needed = [-(-tokens // PAGE) for tokens in capacities]
     if device.type != "cuda":
-        return wanted
+        return sum(needed)
     free, _ = torch.cuda.mem_get_info(device)
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    size = bytes_per_token(model.config, model.model.embed_tokens.weight.dtype)
+    size = PAGE * bytes_per_token(model.config, model.model.embed_tokens.weight.dtype)
     working = WORKING_MEMORY + SAMPLING_MEMORY * len(capacities) * model.config.vocab_size
-    room, least = int((free - working) / size), max(capacities)
+    room, least = int((free - working) / size), max(needed)
     if least * size > free:
         raise InputError(
             "out of memory on the GPU",
-            where=f"keys and values of {least} tokens",
+            where=f"keys and values of {max(capacities)} tokens",
             got=f"{free / 1e9:.2f} GB free",
             wanted=f"{least * size / 1e9:.2f} GB",
             fix="a smaller --max_new_tokens, or --quantize bnb.nf4-dq",
         )
-    return max(least, min(wanted, room))
+    return max(least, min(sum(needed), room))
 
 
 @dataclass(frozen=True)
 class CachedRows:
-    """One new token a slot, at `positions` (B,) of the rows that begin at `starts` (B,)."""
+    """One new token a slot, at `positions` (B,) of the rows whose pages are in `table` (B or more, P)."""
 
     cache: KVCache
     positions: Tensor
-    starts: Tensor
+    table: Tensor
     workspace: Workspace
 
     def views(self, windows: Sequence[int | None]) -> Sequence[View]:
@@ -176,5 +207,5 @@ class _RowsView:
         keys, values = rows.cache.keys[self.layer], rows.cache.values[self.layer]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         q, k, v = (x.contiguous() for x in (q, k, v))
-        attend(q, k, v, keys, values, rows.positions, rows.starts, rows.workspace, self.window, out)
+        attend(q, k, v, keys, values, rows.positions, rows.table, PAGE, rows.workspace, self.window, out)
         return out

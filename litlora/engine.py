@@ -22,10 +22,10 @@ class State:
     def __init__(self, slots: int, vocabulary: int, sampling: Sampling, device: torch.device) -> None:
         self.sampling, self.vocabulary, self.device = sampling, vocabulary, device
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)  # each row's newest
-        self.numbers = torch.zeros(5, slots, dtype=torch.int64, device=device)
-        # where a row begins in the cache; the next token's position; its random stream, its tokens so far; 1, or 0 for
-        # a slot that only fills a captured graph's shape
-        self.starts, self.positions, self.streams, self.steps, self.alive = self.numbers.unbind()
+        self.numbers = torch.zeros(4, slots, dtype=torch.int64, device=device)
+        # the next token's position; a row's random stream; its tokens so far; 1, or 0 for a slot that only fills a
+        # captured graph's shape
+        self.positions, self.streams, self.steps, self.alive = self.numbers.unbind()
         self.seen: Tensor | None = None  # (slots, V) bool: what a repetition penalty must know
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
@@ -38,7 +38,7 @@ class State:
             self.seen[:count] = self.seen[index]
 
     def upload(self, numbers: Sequence[Sequence[int]]) -> None:
-        """Five numbers a slot, see above; the slots behind them are of no row."""
+        """Four numbers a slot, see above; the slots behind them are of no row."""
         table = torch.zeros(self.numbers.shape, dtype=torch.int64)
         table[:, : len(numbers)] = torch.tensor(numbers, dtype=torch.int64).t()
         self.numbers.copy_(on_device(table, self.device))
@@ -70,14 +70,22 @@ class Engine(Protocol):
     width: int
     cache: KVCache
 
-    def reserve(self, tokens: int) -> int | None:
-        """The first token of a new row's span, None while there is no room for it."""
+    def admit(self, row: int, tokens: int, live: int) -> bool:
+        """Makes room for a row of so many tokens beside `live` others, if there is enough."""
         ...
 
-    def release(self, start: int) -> None: ...
+    def grow(self, row: int, tokens: int) -> bool:
+        """Makes room for so many tokens of a row; False where there is none."""
+        ...
 
-    def settle(self, starts: list[int], lengths: list[int]) -> list[int]:
-        """The live rows' spans in slot order, after some have left: where they lie from now on."""
+    def leave(self, row: int) -> None: ...
+
+    def places(self, row: int, first: int, count: int) -> Tensor:
+        """Where tokens from `first` on lie in the cache, (count,) int64, on the host."""
+        ...
+
+    def settle(self, rows: list[int], lengths: list[int]) -> None:
+        """The live rows by slot have changed; `lengths`: tokens of each in the cache."""
         ...
 
     def step(self, state: State, lengths: list[int]) -> None:
@@ -86,25 +94,32 @@ class Engine(Protocol):
 
 
 class Eager:
-    """The model, called as it is. Row i lies in the i-th of equal spans, so that a step reads one block."""
+    """The model, called as it is. Slot i has the i-th of equal spans, so that a step reads one block."""
 
     def __init__(self, model: Decoder, slots: int, capacities: Sequence[int]) -> None:
         embedding = model.model.embed_tokens.weight
-        self.model, self.width, self.spacing, self.rows = model, slots, max(capacities), 0
+        self.model, self.width, self.spacing = model, slots, max(capacities)
+        self.slots: dict[int, int] = {}  # of the rows
         self.cache = KVCache(model.config, slots * self.spacing, embedding.dtype, embedding.device)
 
-    def reserve(self, tokens: int) -> int | None:
-        self.rows += 1
-        return (self.rows - 1) * self.spacing
+    def admit(self, row: int, tokens: int, live: int) -> bool:
+        self.slots[row] = len(self.slots)
+        return True
 
-    def release(self, start: int) -> None:
-        self.rows -= 1
+    def grow(self, row: int, tokens: int) -> bool:
+        return True
 
-    def settle(self, starts: list[int], lengths: list[int]) -> list[int]:
-        for slot, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            if start != slot * self.spacing:
-                self.cache.move(start, slot * self.spacing, length)
-        return [slot * self.spacing for slot in range(len(starts))]
+    def leave(self, row: int) -> None:
+        del self.slots[row]
+
+    def places(self, row: int, first: int, count: int) -> Tensor:
+        return self.slots[row] * self.spacing + torch.arange(first, first + count)
+
+    def settle(self, rows: list[int], lengths: list[int]) -> None:
+        for slot, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            if self.slots[row] != slot:
+                self.cache.move(self.slots[row] * self.spacing, slot * self.spacing, length)
+                self.slots[row] = slot
 
     def step(self, state: State, lengths: list[int]) -> None:
         count = len(lengths)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from litlora.frozen import DenseLinear, FourBitLinear, Fp8Linear
-from litlora.kv_cache import KVCache
+from litlora.kv_cache import PAGE, KVCache
 from litlora.model import Block, Decoder, RMSNorm
 from litlora.ops.decode_attention import Workspace, attend
 from litlora.ops.decode_kernels import ADD, BLOCK, DENSE, FOUR_BIT, FP8, GATED, STORE, byte_planes
@@ -128,15 +128,15 @@ class FewRows:
         shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.workspace = Workspace.of(rows, *shape, device)
 
-    def __call__(self, tokens: Tensor, positions: Tensor, starts: Tensor) -> Tensor:
-        """The newest token (R,) of rows that begin at `starts` (R,), for `positions` (R,) -> logits (R, V), which the
-        next call overwrites."""
+    def __call__(self, tokens: Tensor, positions: Tensor, table: Tensor) -> Tensor:
+        """The newest token (R,) of each row, for `positions` (R,); the rows' pages are in `table` (R or more, P).
+        -> logits (R, V), which the next call overwrites."""
         eps, blocks = self.config.rms_norm_eps, 1
         permuted = self.layers[0].reads_words
         embed(tokens, self.embedding, self.norms[0], self.stream, self.x, self.sums, permuted=permuted, pdl=self.pdl)
         for number, layer in enumerate(self.layers):
             layer.qkv.launch(self.x, self.qkv, norm=(self.sums, blocks, eps))
-            self._attend(number, layer, positions, starts)
+            self._attend(number, layer, positions, table)
             layer.output.launch(self.attended, self.x, residual=(self.stream, layer.norm, self.sums))
             layer.inner.launch(self.x, self.hidden, norm=(self.sums, layer.output.blocks, eps))
             layer.outer.launch(self.hidden, self.x, residual=(self.stream, self.norms[number + 1], self.sums))
@@ -144,7 +144,7 @@ class FewRows:
         self.head.launch(self.x, self.logits, norm=(self.sums, blocks, eps))
         return self.logits
 
-    def _attend(self, number: int, layer: Layer, positions: Tensor, starts: Tensor) -> None:
+    def _attend(self, number: int, layer: Layer, positions: Tensor, table: Tensor) -> None:
         config = self.config
         kv_heads, size = config.num_key_value_heads, config.head_dim
         q, k, v = self.qkv.view(self.rows, -1, size).split([config.num_attention_heads, kv_heads, kv_heads], dim=1)
@@ -155,7 +155,8 @@ class FewRows:
             self.cache.keys[number],
             self.cache.values[number],
             positions,
-            starts,
+            table,
+            PAGE,
             self.workspace,
             config.sliding_windows[number],
             self.attended,

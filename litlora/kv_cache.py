@@ -1,12 +1,11 @@
 """Keys and values of generation, and who attends to what of them: prompts that fill a cache, one new token a row.
 
-A row's tokens lie side by side in the cache, from its `start` on; the cache knows nothing else of rows.
+The cache is one long list of tokens; where a row's tokens lie in it is its keeper's matter (an `Engine`'s).
 Sizes: N tokens, B rows, T tokens of the cache, H heads, K key/value heads, D head dim.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,39 +48,42 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
-class Spans:
-    """Free tokens of the cache: a row gets the first span that is long enough."""
+PAGE = 64  # tokens
 
-    def __init__(self, first: int, end: int) -> None:
-        self.free = [(first, end)]  # in order, never side by side
-        self.taken: dict[int, int] = {}  # start -> end
 
-    def take(self, tokens: int) -> int | None:
-        """The start of a span, None where none is long enough."""
-        tokens = max(1, tokens)
-        for index, (start, end) in enumerate(self.free):
-            if end - start >= tokens:
-                self.free[index : index + 1] = [(start + tokens, end)] if end - start > tokens else []
-                self.taken[start] = start + tokens
-                return start
-        return None
+class Pages:
+    """Rows grow page by page, wherever one is free, so that no row keeps what it may never need."""
 
-    def give_back(self, start: int) -> None:
-        insort(self.free, (start, self.taken.pop(start)))
-        index = next(i for i, span in enumerate(self.free) if span[0] == start)
-        for left in (index, index - 1):  # with the span behind it, then with the one in front
-            if 0 <= left < len(self.free) - 1 and self.free[left][1] == self.free[left + 1][0]:
-                self.free[left : left + 2] = [(self.free[left][0], self.free[left + 1][1])]
+    def __init__(self, count: int) -> None:
+        """Page 0 is of no row."""
+        self.free = list(range(count - 1, 0, -1))
+        self.of: dict[int, list[int]] = {}  # the pages of each row, in the order of its tokens
+
+    def hold(self, row: int, tokens: int) -> bool:
+        """Makes room for so many tokens of a row; False, and nothing changes, where there are too few pages."""
+        pages = self.of.setdefault(row, [])
+        missing = -(-tokens // PAGE) - len(pages)
+        if missing > len(self.free):
+            return False
+        pages += [self.free.pop() for _ in range(missing)]
+        return True
+
+    def give_back(self, row: int) -> None:
+        self.free += reversed(self.of.pop(row))
+
+    def places(self, row: int, first: int, count: int) -> Tensor:
+        """Where tokens `first` to `first + count - 1` of a row lie, (count,) int64."""
+        token = torch.arange(first, first + count)
+        return torch.tensor(self.of[row])[token // PAGE] * PAGE + token % PAGE
 
 
 class Prefill:
     """Whole prompts side by side, which attend as `Packed` and leave their keys and values in the cache."""
 
-    def __init__(self, cache: KVCache, lengths: Sequence[int], starts: Sequence[int], device: torch.device) -> None:
-        """Prompt i, of `lengths[i]` tokens, is written from `starts[i]` on."""
-        packed = Packed.of_lengths(lengths)
-        where = torch.tensor(starts).repeat_interleave(torch.tensor(lengths)) + packed.positions
-        self.cache, self.where = cache, on_device(where, device)  # (N,)
+    def __init__(self, cache: KVCache, places: Sequence[Tensor], device: torch.device) -> None:
+        """Prompt i is written to `places[i]` of the cache, a place for each of its tokens."""
+        packed = Packed.of_lengths([len(part) for part in places])
+        self.cache, self.where = cache, on_device(torch.cat(list(places)), device)  # (N,)
         positions, bounds = on_device(packed.positions, device), on_device(packed.cu_seqlens, device)
         self.packed = Packed(positions, bounds, packed.max_seqlen)
         self.positions = self.packed.positions
@@ -105,18 +107,18 @@ class _PrefillView:
 class Continuation:
     """The next tokens of one prompt, which also see what the cache holds of it."""
 
-    def __init__(self, cache: KVCache, start: int, first: int, count: int, device: torch.device) -> None:
-        """Tokens `first` to `first + count - 1` of a prompt that is written from `start` on."""
-        self.cache, self.start, self.end = cache, start, first + count
-        self.positions = torch.arange(first, self.end, device=device)
+    def __init__(self, cache: KVCache, places: Tensor, first: int, device: torch.device) -> None:
+        """Tokens from `first` on of a prompt; `places` of all of its tokens up to the last new one."""
+        self.cache, self.where, self.first = cache, on_device(places, device), first
+        self.positions = torch.arange(first, len(places), device=device)
 
     def views(self, windows: Sequence[int | None]) -> Sequence[View]:
         masks = {window: self._mask(window) for window in set(windows)}
         return [_ContinuationView(self, layer, masks[window]) for layer, window in enumerate(windows)]
 
     def _mask(self, window: int | None) -> Tensor:
-        """(N, end): what each new token sees."""
-        distance = self.positions[:, None] - torch.arange(self.end, device=self.positions.device)
+        """(N, all): what each new token sees."""
+        distance = self.positions[:, None] - torch.arange(len(self.where), device=self.positions.device)
         return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
@@ -127,10 +129,9 @@ class _ContinuationView:
     mask: Tensor
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        prompt = self.prompt
-        prompt.cache.write(self.layer, prompt.start + prompt.positions, k, v)
-        span = slice(prompt.start, prompt.start + prompt.end)
-        keys, values = prompt.cache.keys[self.layer][span], prompt.cache.values[self.layer][span]
+        prompt, cache = self.prompt, self.prompt.cache
+        cache.write(self.layer, prompt.where[prompt.first :], k, v)
+        keys, values = cache.keys[self.layer][prompt.where], cache.values[self.layer][prompt.where]
         return _attention(q[None], keys[None].to(q.dtype), values[None].to(q.dtype), self.mask)[0]
 
 

@@ -23,7 +23,7 @@ from litlora.config import ModelConfig, Rope  # noqa: E402
 from litlora.decode_graph import Captured, has_pdl  # noqa: E402
 from litlora.few_rows import FewRows, Unsupported, group_of  # noqa: E402
 from litlora.frozen import Dense, make_quantizer  # noqa: E402
-from litlora.kv_cache import Decode, KVCache, Prefill  # noqa: E402
+from litlora.kv_cache import PAGE, Decode, KVCache, Pages, Prefill  # noqa: E402
 from litlora.load import Directory, RandomWeights, load_model  # noqa: E402
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules  # noqa: E402
 from litlora.model import Decoder  # noqa: E402
@@ -72,12 +72,16 @@ def build(dtype: torch.dtype, quantize: str | None, lora: LoRA | None, **shape: 
 def logits(model: Decoder, rows: int, few: bool) -> Tensor:
     """Of two steps after prompts of unequal length, and all keys, in fp32 on the CPU."""
     generator = torch.Generator().manual_seed(1)
-    lengths, spacing = [(7 * i * i + 5) % 90 + 1 for i in range(rows)], 100
-    starts = [(rows - 1 - i) * spacing if few else i * spacing for i in range(rows)]
-    cache = KVCache(model.config, rows * spacing, model.model.embed_tokens.weight.dtype, DEVICE)
+    lengths, spacing, pages = [(7 * i * i + 5) % 90 + 1 for i in range(rows)], 2 * PAGE, Pages(2 * rows + 1)
+    table = torch.zeros(rows, 2, dtype=torch.int32)
+    for row in reversed(range(rows)):
+        assert pages.hold(row, spacing)
+        table[row] = torch.tensor(pages.of[row])
+    places = [pages.places(i, 0, n) if few else i * spacing + torch.arange(n) for i, n in enumerate(lengths)]
+    cache = KVCache(model.config, (2 * rows + 1) * PAGE, model.model.embed_tokens.weight.dtype, DEVICE)
     prompt = torch.randint(0, 150, (sum(lengths),), generator=generator).to(DEVICE)
-    model(prompt, Prefill(cache, lengths, starts, DEVICE))
-    positions, where = torch.tensor(lengths, device=DEVICE), torch.tensor(starts, device=DEVICE)
+    model(prompt, Prefill(cache, places, DEVICE))
+    positions, where = torch.tensor(lengths, device=DEVICE), table.to(DEVICE)
     step = FewRows(model, cache, rows, 128, pdl=has_pdl(DEVICE)) if few else None
     found = []
     for _ in range(2):
@@ -195,11 +199,11 @@ def plain_attention(q: Tensor, keys: Tensor, values: Tensor, window: int | None)
 def test_attention_over_the_cache(dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, size: int) -> None:
     """Rows of every length, in parts and in one; twice, so that what the parts count begins at 0 again."""
     torch.manual_seed(5)
-    lengths = [0, 1, 63, 64, 65, 200, 130]  # before the new token
-    starts = [sum(lengths[:i]) + i for i in range(len(lengths))]
+    lengths, page = [0, 1, 31, 32, 33, 200, 130], 32  # before the new token
+    table = torch.randperm(len(lengths) * 7).view(len(lengths), 7).int()
     random = lambda *shape: torch.randn(shape).to(DEVICE, dtype)  # noqa: E731
-    keys, values = random(700, kv_heads, size), random(700, kv_heads, size)
-    positions, where = torch.tensor(lengths, device=DEVICE), torch.tensor(starts, device=DEVICE)
+    keys, values = random(table.numel() * page, kv_heads, size), random(table.numel() * page, kv_heads, size)
+    positions = torch.tensor(lengths, device=DEVICE)
     for parts in (1, 4):
         made = Workspace.of(len(lengths), heads, kv_heads, size, DEVICE)
         shape = (len(lengths), heads, parts)
@@ -208,10 +212,11 @@ def test_attention_over_the_cache(dtype: torch.dtype, window: int | None, heads:
         for _ in range(2):
             q, k, v = random(len(lengths), heads, size), *random(2, len(lengths), kv_heads, size)
             out = torch.empty_like(q)
-            attend(q, k, v, keys, values, positions, where, workspace, window, out)
+            attend(q, k, v, keys, values, positions, table.to(DEVICE), page, workspace, window, out)
             assert not workspace.arrived.any()
-            for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-                span = slice(start, start + length + 1)
+            for row, length in enumerate(lengths):
+                token = torch.arange(length + 1)
+                span = (table[row][token // page] * page + token % page).to(DEVICE)
                 assert torch.equal(keys[span][-1], k[row])
                 assert torch.equal(values[span][-1], v[row])
                 wanted = plain_attention(q[row], keys[span], values[span], window)
@@ -308,7 +313,7 @@ def test_rows_that_come_and_go(
     found = texts(model, prompts, sampling, 8, side_by_side=3, **settings)
     assert len(engines) == 1
     assert engines[0].cache.keys[0].any(), "it was used"
-    assert engines[0].spans.free == [(1, len(engines[0].cache.keys[0]))], "all is given back"
+    assert sorted(engines[0].pages.free) == list(range(1, len(engines[0].cache.keys[0]) // PAGE)), "all is given back"
     monkeypatch.undo()
     plain = load_model(Directory.open(base), Dense(torch.float32), dtype=torch.float32, device="cpu").eval()
     assert found == texts(plain, prompts, sampling, 8, **settings)
@@ -316,14 +321,21 @@ def test_rows_that_come_and_go(
 
 
 def test_rows_wait_for_room_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engines: list[Any]) -> None:
+    """Four rows of two pages each at their end, and five pages: one comes later, one has to go and comes again."""
     base = make_family(tmp_path, "llama", num_hidden_layers=1)
     model = load_model(Directory.open(base), Dense(torch.float32), dtype=torch.float32, device=DEVICE).eval()
-    prompts = prompts_of(20, 30, 10, 25)
-    monkeypatch.setattr(decode_graph, "pool", lambda model, capacities, device: 60)
-    found = texts(model, prompts, Sampling(), 4)
-    assert len(engines[0].cache.keys[0]) == 61
+    prompts = prompts_of(61, 30, 62, 63)
+    monkeypatch.setattr(decode_graph, "pool", lambda model, capacities, device: 5)
+    left: list[int] = []
+    put_back = decode._Rows.put_back
+    monkeypatch.setattr(decode._Rows, "put_back", lambda rows: (left.append(max(rows.live)), put_back(rows))[1])
+    admit = Captured.admit
+    monkeypatch.setattr(Captured, "admit", lambda self, row, tokens, live: admit(self, row, tokens, 0))
+    found = texts(model, prompts, Sampling(), 6)
+    assert len(engines[0].cache.keys[0]) == 6 * PAGE
+    assert left
     monkeypatch.undo()
-    assert found == texts(model, prompts, Sampling(), 4)
+    assert found == texts(model, prompts, Sampling(), 6)
 
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA GPU")

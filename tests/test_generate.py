@@ -16,7 +16,7 @@ from tiny_models import make_family, make_peft_adapter, reference
 import litlora.decode as decode
 from litlora.errors import InputError
 from litlora.frozen import Dense, make_quantizer
-from litlora.kv_cache import Spans
+from litlora.kv_cache import PAGE, Pages
 from litlora.load import Directory, load_model
 from litlora.model import Decoder
 from litlora.peft_format import Adapter, attach
@@ -144,27 +144,68 @@ def test_a_long_prompt_in_pieces_is_the_whole(families: dict[str, Decoder], monk
         monkeypatch.undo()
 
 
-def test_spans_of_the_cache() -> None:
-    """Whatever comes and goes, no two rows share a token, and all is one piece again at the end."""
-    generator, spans, held = random.Random(0), Spans(1, 101), {}
+def test_pages_of_the_cache() -> None:
+    """Whatever comes, grows and goes, no two rows share a page, each has just enough, and all are free at the end."""
+    chance, pages, held = random.Random(0), Pages(21), {}
     for _ in range(3000):
-        if held and generator.random() < 0.5:
-            start = generator.choice(list(held))
-            spans.give_back(start)
-            del held[start]
+        row = chance.randrange(8)
+        if row in held and chance.random() < 0.3:
+            pages.give_back(row)
+            del held[row]
         else:
-            size = generator.randint(0, 30)
-            start = spans.take(size)
-            taken = {token for first, count in held.items() for token in range(first, first + count)}
-            free = set(range(1, 101)) - taken
-            if start is None:
-                assert not any(set(range(first, first + size)) <= free for first in range(1, 102 - size))
+            tokens = held.get(row, 0) + chance.randint(1, 200)
+            before = list(pages.free)
+            if pages.hold(row, tokens):
+                held[row] = tokens
             else:
-                held[start] = max(1, size)
-                assert set(range(start, start + held[start])) <= free
-    for start in held:
-        spans.give_back(start)
-    assert spans.free == [(1, 101)]
+                assert pages.free == before
+                assert -(-tokens // PAGE) - len(pages.of[row]) > len(before)
+                if row not in held:
+                    pages.give_back(row)
+        taken = [page for mine in pages.of.values() for page in mine]
+        assert sorted([*taken, *pages.free]) == list(range(1, 21))
+        assert all(len(pages.of[row]) == -(-tokens // PAGE) for row, tokens in held.items())
+    for row, tokens in held.items():
+        places = pages.places(row, 3, tokens - 3).tolist()
+        assert len(set(places)) == tokens - 3
+        assert all(place // PAGE in pages.of[row] for place in places)
+        assert [place % PAGE for place in places] == [token % PAGE for token in range(3, tokens)]
+
+
+def test_rows_make_room_for_others(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache in which not all rows can grow: the last wait again, with what they have, and say the same."""
+    prompts, count = prompts_of((5, 9, 2, 7)), 20
+    for sampling in (Sampling(), Sampling(1.3, 20, 0.9, 1.2, seed=7)):
+        for late in (False, True):
+            wanted = texts(model, prompts, sampling, count, stop_ids=range(3, 6))
+            monkeypatch.setattr(decode, "_reads_late", lambda device, late=late: late)
+            left: list[int] = []
+            rooms: dict[int, int] = {}
+
+            def put_back(rows: Any, left: list[int] = left, put_back: Any = decode._Rows.put_back) -> None:
+                left.append(max(rows.live))
+                put_back(rows)
+
+            def grow(self: Any, row: int, tokens: int, rooms: dict[int, int] = rooms) -> bool:
+                if sum(rooms.values()) - rooms.get(row, 0) + tokens > 60:
+                    return False
+                rooms[row] = tokens
+                return True
+
+            def leave(self: Any, row: int, rooms: dict[int, int] = rooms, leave: Any = decode.Eager.leave) -> None:
+                rooms.pop(row, None)
+                leave(self, row)
+
+            def admit(self: Any, row: int, tokens: int, live: int, admit: Any = decode.Eager.admit) -> bool:
+                return grow(self, row, tokens) and bool(admit(self, row, tokens, live))
+
+            monkeypatch.setattr(decode._Rows, "put_back", put_back)
+            monkeypatch.setattr(decode.Eager, "grow", grow)
+            monkeypatch.setattr(decode.Eager, "leave", leave)
+            monkeypatch.setattr(decode.Eager, "admit", admit)
+            assert texts(model, prompts, sampling, count, stop_ids=range(3, 6)) == wanted
+            assert left, "some had to wait"
+            monkeypatch.undo()
 
 
 def test_rows_that_end_are_not_computed(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

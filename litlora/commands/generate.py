@@ -21,7 +21,7 @@ from litlora.model import Decoder
 from litlora.ops import fastest
 from litlora.peft_format import WEIGHTS
 
-BATCH_SIZES = {"cuda": 256, "cpu": 16}
+BATCH_SIZES = {"cuda": 512, "cpu": 16}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Args(ModelArgs):
         out_file: write answers here, one JSON object a line (the row's own fields, prompt, text, tokens, end), instead
             of to stdout; a run that was interrupted goes on where it was when it is started again
         overwrite: replace an out_file that is there, and start anew
-        batch_size: prompts answered side by side at most; without it 256 on a GPU, 16 on a CPU
+        batch_size: prompts answered side by side at most; without it 512 on a GPU (fewer where their keys and values
+            do not fit), 16 on a CPU
         num_samples: answers to each prompt, which differ unless the temperature is 0
     """
 

@@ -2,8 +2,8 @@
 value's way into the cache, and softmax over what the row has written, in parts that work side by side.
 
 Where rows are and how long they are is read on the card, so that a captured graph serves every step; its cost grows
-with the tokens that are there.
-Sizes: B rows, T tokens of the cache, H heads, K key/value heads, D head dim, S parts.
+with the tokens that are there. A row's tokens lie in pages; a tile of keys never crosses two.
+Sizes: B rows, T tokens of the cache, P pages of a row, H heads, K key/value heads, D head dim, S parts.
 """
 
 from __future__ import annotations
@@ -41,41 +41,43 @@ def _halves(x, place, weight, cos, sin, pair, known, eps, half: tl.constexpr, no
     return a.to(first.dtype), b.to(first.dtype)
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "most_pages"])
 def _attend(
-    q, k, v, q_stride, kv_stride, cos, sin, q_weight, k_weight, eps, keys, values, positions, starts,
+    q, k, v, q_stride, kv_stride, cos, sin, q_weight, k_weight, eps, keys, values, positions, table, most_pages,
     out, sums, bounds, arrived, scale, window, kv_heads,
     group: tl.constexpr, group_block: tl.constexpr, half: tl.constexpr, half_block: tl.constexpr, parts: tl.constexpr,
-    tile: tl.constexpr, windowed: tl.constexpr, norm: tl.constexpr, rotate: tl.constexpr, permuted: tl.constexpr,
-    pdl: tl.constexpr,
+    page: tl.constexpr, tile: tl.constexpr, windowed: tl.constexpr, norm: tl.constexpr, rotate: tl.constexpr,
+    permuted: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
     if pdl:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row, head, part = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
-    position, start = tl.load(positions + row).to(tl.int32), tl.load(starts + row)
+    position = tl.load(positions + row).to(tl.int32)
     lowest = 0
     if windowed:
         lowest = tl.maximum(position - window + 1, 0)
-    count = position + 1 - lowest
-    share = tl.cdiv(tl.cdiv(count, parts), tile) * tile
-    used = tl.cdiv(count, share)
+    start = lowest // tile * tile
+    share = tl.cdiv(tl.cdiv(position + 1 - start, parts), tile) * tile
+    used = tl.cdiv(position + 1 - start, share)
     if part >= used:
         return
-    begin = lowest + part * share
+    begin = start + part * share
     end = tl.minimum(begin + share, position + 1)
+    table += row * most_pages
     size: tl.constexpr = 2 * half
     pair, dim = tl.arange(0, half_block)[None, :], tl.arange(0, 2 * half_block)[None, :]
     member = tl.arange(0, group_block)[:, None]
     cos, sin = cos + position * half, sin + position * half
     heads = row * q_stride + (head * group + member) * size
     q1, q2 = _halves(q, heads, q_weight, cos, sin, pair, (member < group) & (pair < half), eps, half, norm, rotate)
-    span = (start * kv_heads + head) * size
+    width = kv_heads * size  # of a token
     if part == used - 1:  # the new token is in the last part, which writes it
         one = tl.zeros((1, 1), tl.int32)
         new = row * kv_stride + head * size + one
         k1, k2 = _halves(k, new, k_weight, cos, sin, pair, (pair < half) & (one == 0), eps, half, norm, rotate)
-        place = span + position.to(tl.int64) * kv_heads * size + one
+        token = tl.load(table + position // page).to(tl.int64) * page + position % page
+        place = token * width + head * size + one
         tl.store(keys + place + pair, k1, mask=pair < half)
         tl.store(keys + place + half + pair, k2, mask=pair < half)
         value = tl.load(v + new + dim, mask=dim < size, other=0.0)
@@ -86,15 +88,17 @@ def _attend(
     mean = tl.zeros((group_block, 2 * half_block), tl.float32)
     for first in range(begin, end, tile):
         token = first + tl.arange(0, tile)
-        known = (token < end)[:, None]
-        place = span + token.to(tl.int64)[:, None] * (kv_heads * size)
+        seen = (token >= lowest) & (token < end)
+        known = seen[:, None]
+        place = tl.load(table + first // page).to(tl.int64) * page + token % page
+        place = place[:, None] * width + head * size
         k1 = tl.load(keys + place + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
         k2 = tl.load(keys + place + half + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
         score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * scale
-        score = tl.where((token < end)[None, :], score, -1e38)
+        score = tl.where(seen[None, :], score, -1e38)
         higher = tl.maximum(best, tl.max(score, 1))
-        weight = tl.exp2(score - higher[:, None])
+        weight = tl.where(seen[None, :], tl.exp2(score - higher[:, None]), 0.0)
         fade = tl.exp2(best - higher)
         total = total * fade + tl.sum(weight, 1)
         value = tl.load(values + place + dim, mask=known & (dim < size), other=0.0).to(q1.dtype)
@@ -162,7 +166,8 @@ def attend(
     keys: Tensor,
     values: Tensor,
     positions: Tensor,
-    starts: Tensor,
+    table: Tensor,
+    page: int,
     workspace: Workspace,
     window: int | None,
     out: Tensor,
@@ -172,8 +177,8 @@ def attend(
     permuted: bool = False,
     pdl: bool = False,
 ) -> None:
-    """q (B, H, D) at `positions` (B,) of rows that begin at `starts` (B,) of keys and values (T, K, D), into which k
-    and v (B, K, D) are written -> out (B, H, D).
+    """q (B, H, D) at `positions` (B,) of rows whose tokens lie in the pages `table` (B or more, P) int32, of `page`
+    tokens, of keys and values (T, K, D), into which k and v (B, K, D) are written -> out (B, H, D).
 
     q, k and v may be strided by row. `rotation`: cos and sin (positions, D/2), where q and k are not rotated yet;
     `norms`: the weights (D,) of their norms, and eps. `permuted`: the order that a 4-bit linear reads.
@@ -183,11 +188,13 @@ def attend(
     cos, sin = rotation or (q, q)
     q_weight, k_weight, eps = norms or (q, q, 0.0)
     options = {"launch_pdl": True} if pdl else {}
+    tile = min(page, TILE if q.dtype != torch.float32 else 16)
     _attend[(rows * kv_heads, workspace.parts)](
-        q, k, v, q.stride(0), k.stride(0), cos, sin, q_weight, k_weight, eps, keys, values, positions, starts,
-        out, workspace.sums, workspace.bounds, workspace.arrived, math.log2(math.e) / math.sqrt(size), window or 0,
-        kv_heads, group=group, group_block=max(16, _power(group)), half=half, half_block=max(16, _power(half)),
-        parts=workspace.parts, tile=TILE if q.dtype != torch.float32 else 16, windowed=window is not None,
-        norm=norms is not None, rotate=rotation is not None, permuted=permuted, pdl=pdl, num_warps=4,
-        num_stages=3 if size <= 128 else 2, **options,
+        q, k, v, q.stride(0), k.stride(0), cos, sin, q_weight, k_weight, eps, keys, values, positions, table,
+        table.stride(0), out, workspace.sums, workspace.bounds, workspace.arrived,
+        math.log2(math.e) / math.sqrt(size), window or 0, kv_heads,
+        group=group, group_block=max(16, _power(group)), half=half, half_block=max(16, _power(half)),
+        parts=workspace.parts, page=page, tile=tile, windowed=window is not None, norm=norms is not None,
+        rotate=rotation is not None, permuted=permuted, pdl=pdl, num_warps=4, num_stages=3 if size <= 128 else 2,
+        **options,
     )  # fmt: skip
