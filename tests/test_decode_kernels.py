@@ -31,6 +31,7 @@ from litlora.ops import decode_kernels as kernels  # noqa: E402
 from litlora.ops import decode_linear as linears  # noqa: E402
 from litlora.ops.decode_attention import Workspace, attend  # noqa: E402
 from litlora.sampling import Sampling  # noqa: E402
+from litlora.sequences import Packed  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -336,6 +337,54 @@ def test_rows_wait_for_room_in_the_cache(tmp_path: Path, monkeypatch: pytest.Mon
     assert left
     monkeypatch.undo()
     assert found == texts(model, prompts, Sampling(), 6)
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few rows", "the model"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 50, 0.9, 1.1, seed=3)], ids=["greedy", "sampled"])
+def test_generated_text_fed_back_has_the_same_probabilities(
+    monkeypatch: pytest.MonkeyPatch, engines: list[Any], sampling: Sampling, few: bool
+) -> None:
+    """Token by token, rows leaving at the context's end and by a stop id, beyond the window: what one pass over the
+    whole text computes in the same dtype, both held to fp32."""
+    monkeypatch.setattr(decode_graph, "few_rows_wanted", lambda model: few)
+    shape: dict[str, Any] = {"sliding_windows": (16, None), "max_position_embeddings": 128}
+    models = {dtype: build(dtype, None, None, **shape) for dtype in {DTYPES[0], torch.float32}}
+    last: list[Tensor] = []
+    kept: dict[int, list[Tensor]] = {}
+    choose, step = Sampling.choose, Captured.step
+
+    def spy(self: Sampling, logits: Tensor, *rest: Any) -> Tensor:
+        last[:] = [logits]  # of a captured step, the tensor that every replay fills
+        return choose(self, logits, *rest)
+
+    def after(self: Captured, state: Any, lengths: list[int]) -> None:
+        size = decode_graph.padded(len(lengths))
+        last.clear()
+        step(self, state, lengths)
+        outputs[size] = last[0] if last else outputs[size]
+        for slot, row in enumerate(self.rows):
+            kept.setdefault(row, []).append(outputs[size][slot].float().log_softmax(-1).cpu())
+
+    outputs: dict[int, Tensor] = {}
+    monkeypatch.setattr(Sampling, "choose", spy)
+    monkeypatch.setattr(Captured, "step", after)
+    prompts = prompts_of(124, 5, 14, 61)[: 4 if CUDA else 2]  # the first ends at the context: another takes its slot
+    answers = texts(models[DTYPES[0]], prompts, sampling, 40 if CUDA else 6, stop_ids=(11, 12))
+    assert len(answers[0]) <= 4
+    assert max(map(len, answers)) > 4
+
+    def fed_back(model: Decoder, row: int) -> Tensor:
+        ids = torch.tensor(prompts[row] + answers[row], device=DEVICE)
+        with torch.inference_mode():
+            hidden = model(ids, Packed.of_lengths([len(ids)], DEVICE))[len(prompts[row]) : -1]
+            return model.lm_head(hidden).float().log_softmax(-1).cpu()
+
+    for row, answer in enumerate(answers):
+        if len(answer) > 1:
+            ours = torch.stack(kept[row][: len(answer) - 1])
+            truth, plain = fed_back(models[torch.float32], row), fed_back(models[DTYPES[0]], row)
+            limit = 1.5 * (plain - truth).norm() + 1e-4 * truth.norm()
+            assert (ours - truth).norm() <= limit, (row, float((ours - truth).norm()), float(limit))
 
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
