@@ -17,11 +17,12 @@ from settings import Setting, config_of, mean_length, random_rows
 
 from litlora.load import RandomWeights, load_model, parameter_count
 from litlora.lora import adapt, lora_parameters
-from litlora.memory import MicroBatch, Recipe, choose_micro_batch, usable_memory
+from litlora.memory import MicroBatch, Recipe, usable_memory
 from litlora.metrics import peak_memory, reset_peak_memory
 from litlora.model import CausalLoss, Decoder
 from litlora.ops import Ops, fastest
 from litlora.optimizers import make_optimizer, make_schedule, require_optimizer
+from litlora.pace import choose_micro_batch
 from litlora.packing import Batch, micro_batches
 from litlora.precision import RunPrecision, pick_device
 from litlora.train import FabricPrecision, Step, train
@@ -61,7 +62,8 @@ class Run:
         count = rows or setting.batch_size * (setting.warmup + setting.steps)
         self.data = random_rows(count, self.config.vocab_size, setting.length)
         self.micro = self.cut(decoder)
-        self.row |= {"micro_batch_tokens": self.micro.tokens, "recomputed": self.micro.checkpointed}
+        self.row |= {"micro_batch_tokens": self.micro.tokens, "recomputed": self.micro.blocks > 0}
+        self.row |= {"kept": self.micro.describe(self.config.num_hidden_layers)}
         self.row["trainable"] = sum(p.numel() for p in parameters)
 
     def load(self, ops: Ops) -> Decoder:
@@ -79,7 +81,7 @@ class Run:
         micro = choose_micro_batch(recipe, longest, memory, setting.checkpointing)
         micro = replace(micro, tokens=setting.length or micro.tokens)
         self.row["predicted_peak_gb"] = recipe.footprint(micro).peak / 1e9
-        decoder.checkpoint_blocks = micro.checkpointed
+        decoder.kept = micro.kept
         return micro
 
     def plan(self) -> list[list[int]]:

@@ -32,8 +32,8 @@ class StepFlops:
     windows: Sequence[int | None]  # how far each layer's positions see
 
     @classmethod
-    def of(cls, config: ModelConfig, modules: Mapping[str, LoRALinear], *, recomputed: bool) -> StepFlops:
-        """`modules`: the adapted linears by name; `recomputed`: blocks are computed again in the backward pass."""
+    def of(cls, config: ModelConfig, modules: Mapping[str, LoRALinear], *, recomputed: int) -> StepFlops:
+        """`modules`: the adapted linears by name; `recomputed`: blocks that are computed again in the backward pass."""
         shapes = config.linear_shapes
         head_out, head_in = shapes["lm_head"]
         block = sum(out_features * in_features for name, (out_features, in_features) in shapes.items())
@@ -42,7 +42,7 @@ class StepFlops:
         for name, module in modules.items():
             size = module.lora_A.weight.numel() + module.lora_B.weight.numel()
             adapter, head_adapter = (adapter, size) if name == "lm_head" else (adapter + size, head_adapter)
-        again = 2 if recomputed else 0
+        again = 2 * recomputed / config.num_hidden_layers
         return cls(
             per_token=(4 + again) * block + (6 + again) * adapter,
             per_trained_token=4 * head_out * head_in + 6 * head_adapter,

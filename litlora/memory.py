@@ -1,5 +1,4 @@
-"""What a run holds on a GPU, worked out beforehand; how many tokens a micro-batch may hold; what to say when it was too
-many.
+"""What a run holds on a GPU, worked out beforehand, and what to say when it was too much.
 
 The figures follow the fused operations (litlora.ops.fused): what each saves for its backward pass, what a block's
 backward pass holds at its widest, and the chunk of logits. Beside what was measured: tests/test_plan.py.
@@ -8,18 +7,17 @@ backward pass holds at its widest, and the chunk of logits. Beside what was meas
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 
 from litlora.config import ModelConfig
 from litlora.errors import InputError
 from litlora.lora import LoRA
-from litlora.ops.reference import LOGITS_BYTES
+from litlora.ops.reference import LOGITS_BYTES, TILE
+from litlora.recompute import POLICIES, Kept
 
-CPU_TOKENS = 2048  # enough for the products' speed, small enough for the caches
-GPU_TOKENS = 9216  # from here on longer packs are no faster; 128 rows of Alpaca are two such, of 8,170 on average
 SPARE = 0.05  # of a card's memory that a run leaves free: the allocator's gaps
-ENOUGH = 1024  # tokens of a micro-batch, from which on recomputing blocks to have more is the slower way
 WORKSPACE = 2 * 32 * 2**20  # cuBLAS', on two streams
 QUANTIZED = {  # bytes a weight, with the constants: blocks of 64, and 256 of those where they are quantized too
     "bnb.nf4": 0.5 + 4 / 64,
@@ -33,10 +31,22 @@ STATES = {"adamw": 2.0, "adamw_8bit": 2.0, "sgd": 0.0}  # moments a parameter: o
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """How a step is cut: at most `tokens` a micro-batch (a longer row goes alone), blocks recomputed or not."""
+    """How a step is cut, at most `tokens` a micro-batch (a longer row goes alone), and what its blocks keep."""
 
     tokens: int
-    checkpointed: bool
+    policy: str = "none"  # of litlora.recompute.Kept
+    blocks: int = 0
+
+    @property
+    def kept(self) -> Kept:
+        return Kept(self.policy, self.blocks)
+
+    def describe(self, layers: int) -> str:
+        """What is kept, for people."""
+        if self.policy in ("none", "selective"):
+            return {"none": "everything kept", "selective": "norms and SwiGLU recomputed"}[self.policy]
+        which = "all blocks" if self.blocks == layers else f"{self.blocks} of {layers} blocks"
+        return f"{which} recomputed" + (", their inputs in the host's memory" if self.policy == "offload" else "")
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,18 @@ class Footprint:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """Elements a token and block."""
+
+    all: int  # kept where everything is
+    lean: int  # without what `selective` works out again
+    wide: int  # what the MLP's backward pass, the widest moment, holds beside them
+    wide_lean: int
+    attention: int  # a recomputed block outside of its MLP
+    tile: int  # and inside, which goes tile by tile
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What a run's memory depends on, but for its micro-batches."""
 
@@ -76,38 +98,44 @@ class Recipe:
     optimizer: str = "adamw"
 
     def footprint(self, micro: MicroBatch) -> Footprint:
-        adapter, item = self.adapter_parameters(), self.compute.itemsize
+        adapter, item = self.adapter_parameters, self.compute.itemsize
         own, moment = self.lora_dtype.itemsize, 1 if self.optimizer == "adamw_8bit" else self.lora_dtype.itemsize
-        copies = 0 if self.lora_dtype == self.compute or micro.checkpointed else item
-        kept, wide = self._block_bytes()
-        hidden, layers = item * self.config.hidden_size, self.config.num_hidden_layers
-        per_token = layers * (hidden if micro.checkpointed else kept) + 3 * hidden
-        block = wide + (kept if micro.checkpointed else 0)
+        widths, hidden = self.widths, item * self.config.hidden_size
+        whole = self.config.num_hidden_layers - micro.blocks  # blocks that keep what their backward pass reads
+        copies = 0 if self.lora_dtype == self.compute else item * whole / self.config.num_hidden_layers
+        kept, wide = (widths.all, widths.wide) if micro.policy == "none" else (widths.lean, widths.wide_lean)
+        on_card = min(micro.blocks, 3) if micro.policy == "offload" else micro.blocks  # 3: in use, and under way
+        per_token = on_card * hidden + item * whole * kept + 3 * hidden
+        block = float(item * wide * micro.tokens if whole else 0)
+        if micro.blocks:  # when the first of these goes through its backward pass, what the others kept is gone
+            recomputed = widths.attention * micro.tokens + widths.tile * min(micro.tokens, TILE)
+            block = max(block, item * (recomputed - whole * kept * micro.tokens))
         logits = min(LOGITS_BYTES, micro.tokens * item * self.config.vocab_size)
         return Footprint(
-            weights=self.weight_bytes(),
+            weights=self.weight_bytes,
             adapter=adapter * (own + copies),
             gradients=adapter * own,
             optimizer=adapter * STATES[self.optimizer] * moment,
             activations=micro.tokens * per_token,
-            block=micro.tokens * block,
+            block=block,
             logits=logits + 2 * micro.tokens * hidden,
             workspace=WORKSPACE + self._dequantized(),
         )
 
-    def room(self, memory: float, *, checkpointed: bool) -> int:
+    def room(self, memory: float, policy: str, blocks: int = 0) -> int:
         """Tokens of the largest micro-batch whose run peaks within so many bytes; 0 where none does."""
-        if self.footprint(MicroBatch(1, checkpointed)).peak > memory:
+        if self.footprint(MicroBatch(1, policy, blocks)).peak > memory:
             return 0
         fits, not_fits = 1, 2**26
         while not_fits - fits > 1:
             middle = (fits + not_fits) // 2
-            if self.footprint(MicroBatch(middle, checkpointed)).peak <= memory:
+            if self.footprint(MicroBatch(middle, policy, blocks)).peak <= memory:
                 fits = middle
             else:
                 not_fits = middle
         return fits
 
+    @cached_property
     def weight_bytes(self) -> float:
         """On the GPU: embedding, norms, biases and, unless asked, the head stay in `dtype`."""
         config, item = self.config, self.dtype.itemsize
@@ -120,6 +148,7 @@ class Recipe:
         dense = head + config.hidden_size * (2 * config.num_hidden_layers + 1)  # the embedding, the norms
         return linears * rate + dense * item + (0 if tied else head * (rate if self.quantize_head else item))
 
+    @cached_property
     def adapter_parameters(self) -> int:
         total = 0
         for name, (out_features, in_features) in self.config.linear_shapes.items():
@@ -128,39 +157,32 @@ class Recipe:
             total += sum(self.lora.rank(n) * (out_features + in_features) for n in names if self.lora.matches(n))
         return total
 
-    def _block_bytes(self) -> tuple[int, int]:
-        """A token and block: what is kept, and what the MLP's backward pass holds beside it."""
-        config, item = self.config, self.compute.itemsize
+    @cached_property
+    def widths(self) -> Widths:
+        config = self.config
         hidden, inner = config.hidden_size, config.intermediate_size
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         adapted = {target.rpartition(".")[2] for target in self.lora.targets}
-        kept = (
-            2 * hidden + 2 * queries + 2 * keys + 2 * inner
-        )  # the norms' inputs; attention's and its output; gate, up
-        kept += hidden * (not adapted.isdisjoint({"q_proj", "k_proj", "v_proj"}))  # what adapted linears read
-        kept += hidden * (not adapted.isdisjoint({"gate_proj", "up_proj"})) + inner * ("down_proj" in adapted)
-        if config.qk_norm:
-            kept += queries + keys
-        return item * kept, item * (2 * inner + 3 * hidden)
+        norms = hidden * (not adapted.isdisjoint({"q_proj", "k_proj", "v_proj"}))  # what adapted linears read
+        norms += hidden * (not adapted.isdisjoint({"gate_proj", "up_proj"}))
+        product = inner * ("down_proj" in adapted)
+        attention = 2 * queries + 2 * keys + (queries + keys) * config.qk_norm  # what it reads and gives
+        lean = 2 * hidden + attention + 2 * inner  # and the norms' inputs, gate and up
+        return Widths(
+            all=lean + norms + product,
+            lean=lean,
+            wide=2 * inner + 3 * hidden,
+            wide_lean=2 * inner + product + 4 * hidden,
+            attention=attention + 3 * hidden,
+            tile=4 * inner + product + 3 * hidden,
+        )
 
     def _dequantized(self) -> float:
         shapes = [o * i for name, (o, i) in self.config.linear_shapes.items() if name != "lm_head"]
         if self.quantize is None:
             return 0.0
         return 2 * max(shapes) * (1 if self.quantize == "fp8" else self.compute.itemsize)
-
-
-def choose_micro_batch(recipe: Recipe, longest: int, memory: float | None, checkpointing: str) -> MicroBatch:
-    """The largest pack, to a few thousand tokens, that `memory` bytes of a GPU hold; None for a CPU. `checkpointing`:
-    auto | none | full."""
-    if memory is None:
-        return MicroBatch(max(CPU_TOKENS, longest), checkpointing == "full")
-    for checkpointed in {"auto": (False, True), "none": (False,), "full": (True,)}[checkpointing]:
-        room = recipe.room(memory, checkpointed=checkpointed)
-        if room >= max(longest, ENOUGH):
-            break
-    return MicroBatch(max(longest, min(GPU_TOKENS, room)), checkpointed)
 
 
 def usable_memory(device: torch.device) -> float | None:
@@ -191,8 +213,9 @@ def out_of_memory(
         fix = f"--micro_batch_size {micro_batch_size // 2}"
     elif micro.tokens > longest and not micro_batch_size:
         fix = f"--micro_batch_tokens {max(longest, micro.tokens // 2)}"
-    elif not micro.checkpointed:
-        fix = "--activation_checkpointing full"
+    elif micro.policy != "offload":
+        lean = POLICIES[max(POLICIES.index(micro.policy) + 1, 2)]  # selective alone is not worth another try
+        fix = f"--activation_checkpointing {lean}"
     elif quantize is None:
         fix = "--quantize bnb.nf4-dq"
     else:

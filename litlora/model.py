@@ -7,14 +7,15 @@ Sizes: N tokens, C hidden, H heads, K key/value heads, D head dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
-from litlora.ops import Masks, Ops
+from litlora.ops import Ops
+from litlora.ops.reference import Keep
+from litlora.recompute import Kept
 from litlora.sequences import Packed, Sequences, View
 
 if TYPE_CHECKING:
@@ -36,10 +37,6 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps)
 
-    def residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(x, its norm)."""
-        return self.ops.residual_norm(x, self.weight, self.eps)
-
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, linear: MakeLinear, ops: Ops) -> None:
@@ -54,12 +51,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, ops) if norms else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, ops) if norms else nn.Identity()
 
-    def forward(self, residual: Tensor, x: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
-        """residual (N, C) + attention over x (N, C)."""
-        heads = (len(x), -1, self.head_dim)
-        q, k, v = (y.view(heads) for y in self.ops.linears(x, (self.q_proj, self.k_proj, self.v_proj)))
+    def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, view: View, keep: Keep) -> Tensor:
+        """x (N, C) + attention over its norm."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        x, *projected = self.ops.norm_linears(x, norm.weight, norm.eps, projections, keep)
+        q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)
         q, k = self.ops.rope(self.q_norm(q), self.k_norm(k), cos, sin)  # (N, H, D), (N, K, D)
-        return self.ops.linear_add(residual, view.attend(q, k, v).flatten(1), self.o_proj)
+        return self.ops.linear_add(x, view.attend(q, k, v).flatten(1), self.o_proj)
 
 
 class MLP(nn.Module):
@@ -71,8 +69,9 @@ class MLP(nn.Module):
         self.down_proj = linear(inner, hidden, bias)
         self.ops = ops
 
-    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
-        return self.ops.mlp(residual, x, self.gate_proj, self.up_proj, self.down_proj)
+    def forward(self, x: Tensor, norm: RMSNorm, keep: Keep) -> Tensor:
+        """x (N, C) + the MLP of its norm."""
+        return self.ops.norm_mlp(x, norm.weight, norm.eps, (self.gate_proj, self.up_proj, self.down_proj), keep)
 
 
 class Block(nn.Module):
@@ -83,9 +82,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, ops)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
-        x = self.self_attn(*self.input_layernorm.residual(x), cos, sin, view)
-        return self.mlp(*self.post_attention_layernorm.residual(x))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, view: View, keep: Keep = "all") -> Tensor:
+        x = self.self_attn(x, self.input_layernorm, cos, sin, view, keep)
+        return self.mlp(x, self.post_attention_layernorm, keep)  # type: ignore[no-any-return]
 
 
 class Embedding(nn.Embedding):
@@ -120,7 +119,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         inverse = config.rope.inverse_frequencies(config.head_dim)
         self.register_buffer("inverse_frequencies", inverse, persistent=False)
-        self.checkpoint_blocks = False
+        self.kept = Kept()
 
     def forward(self, ids: Tensor, sequences: Sequences) -> Tensor:
         """ids (N,) int64 -> (N, C)."""
@@ -131,22 +130,10 @@ class Decoder(nn.Module):
         angles = sequences.positions[:, None].float() * self.inverse_frequencies  # (N, D/2), fp32: positions reach 1e5
         cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
         views = sequences.views(self.config.sliding_windows)
+        run = (self.kept if self.training else Kept()).runner(masks)
         for block, view in zip(self.model.layers, views, strict=True):
-            if self.checkpoint_blocks and self.training:
-                x = recomputed(block, x, cos, sin, view, masks)
-            else:
-                x = block(x, cos, sin, view)
+            x = run(block, x, cos, sin, view)
         return self.model.norm(x)  # type: ignore[no-any-return]
-
-
-def recomputed(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, view: View, masks: Masks | None) -> Tensor:
-    """The block's output, keeping nothing but its input: the rest is worked out again in the backward pass."""
-    if masks is None:  # dropout draws from torch's generators, whose state is kept for the second time
-        return torch.utils.checkpoint.checkpoint(block, x, cos, sin, view, use_reentrant=False)  # type: ignore[no-any-return]
-    contexts = lambda: (nullcontext(), masks.recompute())  # noqa: E731
-    return torch.utils.checkpoint.checkpoint(  # type: ignore[no-any-return]
-        block, x, cos, sin, view, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-    )
 
 
 class CausalLoss(nn.Module):

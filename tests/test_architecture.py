@@ -14,9 +14,9 @@ FLOORS = [  # from the top down; rooms of one floor may use each other, but in n
     "commands",
     "load decode decode_graph engine few_rows train merge merge_verify merge_write answers memory precision optimizers "
     "run_files resume hub "
-    "meta_format flops report loggers model_card samples graphs",
+    "meta_format flops report loggers model_card samples graphs pace",
     "peft_format model packing sampling meta_tokenizer deltas",
-    "lora sequences kv_cache data",
+    "lora sequences kv_cache data recompute",
     "frozen checkpoint ops config tokenizer metrics markdown expressions flat_yaml",
     "errors",
 ]

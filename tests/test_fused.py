@@ -23,7 +23,9 @@ from litlora.load import RandomWeights, load_model  # noqa: E402
 from litlora.lora import FLAG_TARGETS, LoRA, LoRALinear, adapt, lora_modules, lora_parameters  # noqa: E402
 from litlora.model import CausalLoss, Decoder  # noqa: E402
 from litlora.ops import Ops, fused, kernels, reference  # noqa: E402
+from litlora.ops.reference import Keep  # noqa: E402
 from litlora.packing import Batch  # noqa: E402
+from litlora.recompute import Kept  # noqa: E402
 from litlora.sequences import Packed  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if CUDA else []
@@ -95,8 +97,7 @@ def test_norms(rows: int, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         x, weight = random(rows, 96).to(dtype).requires_grad_(), random(96).to(dtype)
         heads = random(rows, 3, 10).to(dtype).requires_grad_()
-        past, y = ops.residual_norm(x, weight, 1e-5)
-        return backward([past, y, ops.rms_norm(heads, weight[:10].clone(), 1e-6)], [x, heads])
+        return backward([ops.rms_norm(x, weight, 1e-5), ops.rms_norm(heads, weight[:10].clone(), 1e-6)], [x, heads])
 
     held(run, dtype)
 
@@ -119,13 +120,14 @@ FORMATS = [None, "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"] if CUDA else 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("base", FORMATS)
 @pytest.mark.parametrize("ranks", [(0, 0, 0), (8, 0, 8), (1, 3, 64), (100, 0, 0), (16, 16, 16)])
-def test_linears_of_one_input(ranks: tuple[int, ...], base: str | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("keep", ["all", "lean"])
+def test_linears_of_a_norm(ranks: tuple[int, ...], keep: Keep, base: str | None, dtype: torch.dtype) -> None:
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
         torch.manual_seed(1)
-        x = random(70, 128).to(dtype).requires_grad_()
+        x, weight = random(70, 128).to(dtype).requires_grad_(), 1 + random(128, scale=0.1).to(dtype)
         outs = (128, 64, 192)
         modules = [linear(128, out, r, dtype, base=base, bias=out == 64) for out, r in zip(outs, ranks, strict=True)]
-        return backward(ops.linears(x, modules), [x, *trained(*modules)])
+        return backward(ops.norm_linears(x, weight, 1e-5, modules, keep), [x, *trained(*modules)])
 
     held(run, dtype)
 
@@ -144,13 +146,18 @@ def test_linear_add(r: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", [(0, 0, 0), (8, 8, 8), (8, 0, 0), (0, 0, 70)])
-def test_mlp(ranks: tuple[int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("keep", ["all", "lean", "input"])
+def test_norm_and_mlp(
+    ranks: tuple[int, int, int], keep: Keep, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "TILE", 16)  # of 40 rows: three tiles
+
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
         torch.manual_seed(3)
-        residual, x = (random(40, 64).to(dtype).requires_grad_() for _ in range(2))
+        x, weight = random(40, 64).to(dtype).requires_grad_(), 1 + random(64, scale=0.1).to(dtype)
         shapes = ((64, 160), (64, 160), (160, 64))
         modules = [linear(size, out, r, dtype) for (size, out), r in zip(shapes, ranks, strict=True)]
-        return backward([ops.mlp(residual, x, *modules)], [residual, x, *trained(*modules)])
+        return backward([ops.norm_mlp(x, weight, 1e-5, modules, keep)], [x, *trained(*modules)])
 
     held(run, dtype)
 
@@ -277,22 +284,22 @@ EVERYTHING = tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)
 @pytest.mark.parametrize(
     "targets", [("q_proj", "v_proj"), EVERYTHING, ("o_proj",), ("down_proj", "k_proj"), ("lm_head",)]
 )
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_whole_step_is_the_reference_step(family: str, targets: tuple[str, ...], checkpointed: bool) -> None:
+@pytest.mark.parametrize("kept", [Kept(), Kept("selective"), Kept("full", 1), Kept("offload", 2)])
+def test_the_whole_step_is_the_reference_step(family: str, targets: tuple[str, ...], kept: Kept) -> None:
     if family == "mistral" and CUDA and torch.__version__ < "2.10":
         pytest.skip("no windows in this torch's varlen attention")
     config, lora = config_of(**FAMILIES[family]), LoRA(8, 16, 0.0, targets)
     batch = batch_of([40, 1, 25, 60])
     truth = loss_and_gradients(*model_of(PLAIN, torch.float32, config, lora), batch)
     model, decoder = model_of(FUSED, torch.float32, config, lora)
-    decoder.checkpoint_blocks = checkpointed
+    decoder.kept = kept
     loss, gradients = loss_and_gradients(model, decoder, batch)
     torch.testing.assert_close(loss, truth[0], rtol=1e-5, atol=0)
     assert far(gradients, truth[1]) < 1e-4
     if CUDA:
         plain = loss_and_gradients(*model_of(PLAIN, torch.bfloat16, config, lora), batch)
         model, decoder = model_of(FUSED, torch.bfloat16, config, lora)
-        decoder.checkpoint_blocks = checkpointed
+        decoder.kept = kept
         loss, gradients = loss_and_gradients(model, decoder, batch)
         assert abs(loss - truth[0]) <= 2 * abs(plain[0] - truth[0]) + 1e-3 * truth[0]
         assert far(gradients, truth[1]) <= 1.2 * far(plain[1], truth[1]) + 1e-3
@@ -300,16 +307,30 @@ def test_the_whole_step_is_the_reference_step(family: str, targets: tuple[str, .
 
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"] if CUDA else [None])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_recomputed_blocks_give_the_same_bits(quantize: str | None, dropout: float) -> None:
+def test_whatever_is_kept_gives_the_same_bits(quantize: str | None, dropout: float) -> None:
     dtype = torch.bfloat16 if CUDA else torch.float32
     results = []
-    for checkpointed in (False, True):
+    for kept in (Kept(), Kept("selective"), Kept("full", 1), Kept("full", 2), Kept("offload", 2)):
         model, decoder = model_of(FUSED, dtype, config_of(), LoRA(8, 16, dropout, EVERYTHING), quantize)
-        decoder.checkpoint_blocks = checkpointed
+        decoder.kept = kept
         torch.manual_seed(11)
         results.append(loss_and_gradients(model, decoder, batch_of([30, 70])))
-    assert torch.equal(results[0][0], results[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    for loss, gradients in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients, results[0][1], strict=True))
+
+
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"] if CUDA else [None])
+def test_an_mlp_in_tiles_has_the_dropout_of_the_whole(quantize: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for tile in (1000, 30):
+        monkeypatch.setattr(reference, "TILE", tile)
+        model, decoder = model_of(FUSED, torch.float32, config_of(), LoRA(8, 16, 0.3, EVERYTHING), quantize)
+        decoder.kept = Kept("full", 2)
+        torch.manual_seed(11)
+        results.append(loss_and_gradients(model, decoder, batch_of([30, 70])))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=0)
+    assert far(results[1][1], results[0][1]) < 1e-4
 
 
 def test_a_model_that_trains_its_own_weights_takes_the_plain_operations() -> None:

@@ -20,6 +20,7 @@ from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules, lora_parameter
 from litlora.model import CausalLoss
 from litlora.ops import Ops, fastest
 from litlora.packing import IGNORED, Batch, pad
+from litlora.recompute import Kept
 from litlora.sequences import Packed
 
 CONFIG = ModelConfig.from_dict(
@@ -156,15 +157,15 @@ def test_what_waits_for_the_host_is_not_captured() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kept", [Kept(), Kept("selective"), Kept("full", 2)])
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"])
-def test_captured_micro_batches_are_the_eager_ones(quantize: str | None, checkpointed: bool) -> None:
+def test_captured_micro_batches_are_the_eager_ones(quantize: str | None, kept: Kept) -> None:
     fabric: Any = Plain("cuda")
     ops, why = fastest(fabric.device)
     assert why is None
     assert ops.masks is not None
     model = model_of("cuda", torch.bfloat16, ops, 0.1, quantize)
-    model.decoder.checkpoint_blocks = checkpointed
+    model.decoder.kept = kept
     captured = Captured(fabric, model, ops.masks, lora_parameters(model))
     eager = Eager(fabric, model)
     batches = [batch_of([40, 30, 60, 62]), batch_of([3, 9]), batch_of([50, 77], 3), batch_of([30, 40, 62, 60], 4)]

@@ -18,6 +18,7 @@ from litlora.metrics import Progress
 from litlora.model import CausalLoss, Decoder
 from litlora.packing import Batch
 from litlora.precision import RunPrecision
+from litlora.recompute import Kept
 
 CPU = torch.device("cpu")
 BASE = Path(__file__).parents[1] / "checkpoints" / "tiny"
@@ -46,12 +47,12 @@ def batch_of(lengths: list[int], trained: int) -> Batch:
     return Batch(torch.full((n,), 3), labels, torch.arange(trained), positions, bounds, max(lengths), rows)
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_the_linears_flop_are_those_that_torch_counts(recomputed: bool) -> None:
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
+def test_the_linears_flop_are_those_that_torch_counts(recomputed: int) -> None:
     """Forward and backward of a real step, less what torch spares: the gradient of the first block's input, and the
     last product of a block that is computed again."""
     decoder = adapted(LoRA(r=4, dropout=0, targets=("q_proj", "v_proj", "lm_head"))).train()
-    decoder.checkpoint_blocks = recomputed
+    decoder.kept = Kept("full", recomputed)
     config, lengths, trained = decoder.config, [7, 5], 6
     with FlopCounterMode(display=False) as counter:
         CausalLoss(decoder)(batch_of(lengths, trained)).backward()
@@ -64,8 +65,7 @@ def test_the_linears_flop_are_those_that_torch_counts(recomputed: bool) -> None:
     first = {name: module for name, module in modules.items() if ".layers.0." in name}
     spared = sum(out * inn for name, (out, inn) in shapes.items() if name[-6:] in ("q_proj", "k_proj", "v_proj"))
     spared += sum(module.lora_A.weight.numel() for module in first.values())
-    if recomputed:
-        spared += config.num_hidden_layers * config.hidden_size * config.intermediate_size
+    spared += recomputed * config.hidden_size * config.intermediate_size
     assert linear == ours - 2 * spared * sum(lengths)
 
 

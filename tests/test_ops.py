@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
-from litlora.frozen import Dense
+from litlora.frozen import make_quantizer
 from litlora.load import RandomWeights, load_model
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_parameters
 from litlora.model import CausalLoss
 from litlora.ops import reference
 from litlora.ops.attention import Ragged
 from litlora.packing import IGNORED, Batch
+from litlora.recompute import Kept
 from litlora.sequences import Packed
 
 V, C = 37, 16
@@ -162,29 +163,32 @@ def batch_of(lengths: list[int], vocab: int = V) -> Batch:
 
 
 @pytest.mark.parametrize("logits_rows", [4, 10**6])
-def test_checkpointed_blocks_give_the_same_loss_and_gradients_under_dropout(
-    monkeypatch: pytest.MonkeyPatch, logits_rows: int
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"])
+@pytest.mark.parametrize("kept", [Kept("selective"), Kept("full", 1), Kept("full", 2), Kept("offload", 2)])
+def test_whatever_is_kept_gives_the_same_loss_and_gradients_under_dropout(
+    monkeypatch: pytest.MonkeyPatch, logits_rows: int, kept: Kept, quantize: str | None
 ) -> None:
     monkeypatch.setattr(reference, "LOGITS_BYTES", logits_rows * 4 * V)
     torch.manual_seed(0)
     decoder = load_model(
-        RandomWeights(small_config(), torch.float32), Dense(torch.float32), dtype=torch.float32, device="cpu"
-    )
+        RandomWeights(small_config(), torch.float32), make_quantizer(quantize, torch.float32, torch.device("cpu")),
+        dtype=torch.float32, device="cpu",
+    )  # fmt: skip
     adapt(decoder, LoRA(r=4, dropout=0.3, targets=tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)))
     for parameter in lora_parameters(decoder):
         nn.init.normal_(parameter, std=0.2)
     loss, batch = CausalLoss(decoder.train()), batch_of([5, 9, 2])
 
-    def run(checkpointed: bool, seed: int) -> tuple[Tensor, list[Tensor]]:
-        decoder.checkpoint_blocks = checkpointed
+    def run(kept: Kept, seed: int) -> tuple[Tensor, list[Tensor]]:
+        decoder.kept = kept
         torch.manual_seed(seed)
         value = loss(batch)
         return value, list(torch.autograd.grad(value, lora_parameters(decoder)))
 
-    (plain, gradients), (again, recomputed) = run(False, 1), run(True, 1)
+    (plain, gradients), (again, recomputed) = run(Kept(), 1), run(kept, 1)
     assert torch.equal(plain, again)
     assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
-    assert not torch.equal(plain, run(True, 2)[0]), "dropout was off: nothing was tested"
+    assert not torch.equal(plain, run(kept, 2)[0]), "dropout was off: nothing was tested"
 
 
 def test_rms_norm_and_rope_keep_the_dtype_of_x() -> None:

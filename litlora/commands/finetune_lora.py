@@ -20,11 +20,12 @@ from litlora.errors import InputError
 from litlora.load import load_model
 from litlora.loggers import Loggers
 from litlora.lora import adapt, lora_modules, lora_parameters
-from litlora.memory import MicroBatch, choose_micro_batch, out_of_memory, usable_memory
+from litlora.memory import MicroBatch, out_of_memory, usable_memory
 from litlora.metrics import Progress, reset_peak_memory, say
 from litlora.model import CausalLoss, Decoder
 from litlora.ops import fastest
 from litlora.optimizers import make_optimizer, make_schedule
+from litlora.pace import choose_micro_batch
 from litlora.packing import Batch, collate, micro_batches, packs
 from litlora.peft_format import Record, load_factors
 from litlora.resume import Totals
@@ -97,10 +98,10 @@ def set_up(job: Job, fabric: Fabric, decoder: Decoder) -> Training:
     optimizer = make_optimizer(args.optimizer, lora_parameters(decoder), args.learning_rate, args.weight_decay)
     model, optimizer = fabric.setup(CausalLoss(decoder), optimizer)
     micro = choose_micro(job)
-    decoder.checkpoint_blocks = micro.checkpointed
+    decoder.kept = micro.kept
     settings = job.conditions.settings | {
         "micro_batch_tokens": None if args.micro_batch_size else micro.tokens,
-        "activation_checkpointing": "full" if micro.checkpointed else "none",
+        "activation_checkpointing": micro.policy,
         "resume_override": False,  # it was meant for this once
     }
     conditions = replace(job.conditions, settings=settings, chosen=asdict(micro))
@@ -127,8 +128,10 @@ def choose_micro(job: Job) -> MicroBatch:
     args = job.args
     if job.checkpoint is not None:
         micro = job.checkpoint.chosen(MicroBatch)
-        if args.activation_checkpointing != "auto":
-            micro = replace(micro, checkpointed=args.activation_checkpointing == "full")
+        if args.activation_checkpointing not in ("auto", micro.policy):
+            layers = job.base.config.num_hidden_layers
+            recomputed = args.activation_checkpointing in ("full", "offload")
+            micro = replace(micro, policy=args.activation_checkpointing, blocks=layers if recomputed else 0)
     else:
         memory = usable_memory(job.device)
         micro = choose_micro_batch(recipe_of(job), job.data.longest, memory, args.activation_checkpointing)

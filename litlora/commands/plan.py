@@ -14,7 +14,8 @@ from litlora.commands import finetune_flags
 from litlora.commands.finetune_job import Job, adapter_parameters, disk_bytes, prepare, recipe_of
 from litlora.errors import InputError
 from litlora.load import parameter_count
-from litlora.memory import SPARE, Footprint, MicroBatch, Recipe, choose_micro_batch, usable_memory
+from litlora.memory import SPARE, Footprint, MicroBatch, Recipe, usable_memory
+from litlora.pace import choose_micro_batch
 from litlora.packing import micro_batches
 
 CONTEXT = 0.6e9  # bytes of a card that CUDA itself takes
@@ -97,7 +98,9 @@ def describe(job: Job, footprint: Footprint, micro: MicroBatch, memory: float | 
         "tokens": sum(int(data.dataset.lengths[indices].sum()) for _, indices in job.plan),
         "micro_batch_tokens": micro.tokens,
         "micro_batches_per_step": sum(map(len, cut)) / max(1, len(cut)),
-        "activation_checkpointing": "full" if micro.checkpointed else "none",
+        "activation_checkpointing": micro.policy,
+        "recomputed_blocks": micro.blocks,
+        "kept": micro.describe(job.base.config.num_hidden_layers),
         "parts": footprint.parts(),
         "peak": footprint.peak,
         "gpu": memory,
@@ -126,7 +129,7 @@ def proposals(job: Job, memory: float | None) -> Iterator[dict[str, Any]]:
             given = {f"--{name}": value for name, value in changes.items() if value is not None}
             dropped = [f"--{name}" for name, value in changes.items() if value is None]
             yield {"flags": given, "without": dropped, "peak": peak, "micro_batch_tokens": micro.tokens,
-                   "activation_checkpointing": "full" if micro.checkpointed else "none"}  # fmt: skip
+                   "kept": micro.describe(job.base.config.num_hidden_layers)}  # fmt: skip
 
 
 def text(plan: dict[str, Any]) -> Iterator[str]:
@@ -137,8 +140,7 @@ def text(plan: dict[str, Any]) -> Iterator[str]:
     yield (
         f"training: {plan['rows']:,} rows, the longest of {plan['longest_row']:,} tokens; {plan['steps']:,} steps, "
         f"{plan['tokens']:,} tokens; {plan['micro_batches_per_step']:.1f} micro-batches of up to "
-        f"{plan['micro_batch_tokens']:,} tokens a step, blocks recomputed: "
-        f"{'yes' if plan['activation_checkpointing'] == 'full' else 'no'}"
+        f"{plan['micro_batch_tokens']:,} tokens a step, {plan['kept']}"
     )
     yield "memory on the GPU, GB:"
     for name, size in plan["parts"].items():
@@ -155,8 +157,7 @@ def text(plan: dict[str, Any]) -> Iterator[str]:
         dropped = f" without {', '.join(proposal['without'])}" if proposal["without"] else ""
         yield (
             f"this fits: {flags}{dropped}: peak {proposal['peak'] / 1e9:.2f} GB, micro-batches of "
-            f"{proposal['micro_batch_tokens']:,} tokens, blocks recomputed: "
-            f"{'yes' if proposal['activation_checkpointing'] == 'full' else 'no'}"
+            f"{proposal['micro_batch_tokens']:,} tokens, {proposal['kept']}"
         )
     elif plan["fits"] is False:
         yield "nothing that can be switched makes it fit: a smaller model"

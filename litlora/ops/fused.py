@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,9 @@ from torch.autograd.function import once_differentiable
 
 from litlora.ops import kernels, reference
 from litlora.ops.parts import Parts, parts_of
+from litlora.ops.reference import Keep
 from litlora.ops.table import Ops
 
-MOST_ADAPTERS = 1000  # of a model, so that the keys of chunks do not meet
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -44,14 +45,14 @@ class Group:
     The A of all are one matrix (ΣR, I), so that x is read once for them; the scale is folded into B.
     """
 
-    def __init__(self, parts: Sequence[Parts], seed: Tensor, factors: Sequence[Tensor], chunk: int = 0) -> None:
-        """`factors`: what `cast` made of the parts; a `chunk` of the stream has dropout masks of its own."""
-        self.parts, self.seed = parts, seed
+    def __init__(self, parts: Sequence[Parts], seed: Tensor, factors: Sequence[Tensor], first: int = 0) -> None:
+        """`factors`: what `cast` made of the parts; `first`: the row of the stream at which x begins, for dropout."""
+        self.parts, self.seed, self.first = parts, seed, first
         self.adapted = [(index, p) for index, p in enumerate(parts) if p.A is not None]
         self.dropout = self.adapted[0][1].dropout if self.adapted else 0.0
         self.a: Tensor | None = factors[0] if factors else None
         self.b: Sequence[Tensor] = factors[1:]
-        self.key = (self.adapted[0][1].key if self.adapted else 0) + MOST_ADAPTERS * chunk
+        self.key = self.adapted[0][1].key if self.adapted else 0
         self.ranks = [b.shape[1] for b in self.b]
         self.together = len(set(self.ranks)) == 1 and self.ranks[0] <= kernels.LARGEST_RANK
 
@@ -76,12 +77,13 @@ class Group:
             return x @ self.a.t()
         if self.together:
             return kernels.dropped_down(
-                x, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.key, self.dropout
+                x, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.key, self.first, self.dropout
             )
         pairs = enumerate(self.a.split(self.ranks))
-        return torch.cat(
-            [kernels.dropped(x, self.seed, self.key, which, self.dropout) @ a.t() for which, a in pairs], dim=1
-        )
+        return torch.cat([self._dropped(x, which) @ a.t() for which, a in pairs], dim=1)
+
+    def _dropped(self, x: Tensor, which: int) -> Tensor:
+        return kernels.dropped(x, self.seed, self.key, self.first, which, self.dropout)
 
     def up(self, x: Tensor, z: Tensor | None, base: Tensor | None = None) -> list[Tensor]:
         """The outputs (N, O), each on top of `base` (which is kept); without z, of the frozen weights only."""
@@ -107,16 +109,29 @@ class Group:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """dz (N, ΣR), and the gradients of A and B of each linear in turn, fp32. x and z are None where none is
         adapted."""
-        found: list[Tensor | None] = [None] * (2 * len(self.parts))
-        if z is None or x is None:
-            return None, found
-        dz = torch.empty_like(z)
-        for (index, p), part, low, b in zip(self.adapted, self._split(dz), self._split(z), self.b, strict=True):
+        dz = self.dz(dys)
+        return dz, self.factor_gradients(x, z, dz, dys)
+
+    def dz(self, dys: Sequence[Tensor]) -> Tensor | None:
+        """(N, ΣR)"""
+        if not self.adapted:
+            return None
+        dz = torch.empty(len(dys[0]), sum(self.ranks), dtype=dys[0].dtype, device=dys[0].device)
+        for (index, _), part, b in zip(self.adapted, self._split(dz), self.b, strict=True):
             torch.mm(dys[index], b, out=part)
+        return dz
+
+    def factor_gradients(
+        self, x: Tensor | None, z: Tensor | None, dz: Tensor | None, dys: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        found: list[Tensor | None] = [None] * (2 * len(self.parts))
+        if x is None or z is None or dz is None:
+            return found
+        for (index, p), low in zip(self.adapted, self._split(z), strict=True):
             found[2 * index + 1] = fp32_mm(dys[index].t(), low) * p.scale
         for (index, _), gradient in zip(self.adapted, self._top_gradients(dz, x), strict=True):
             found[2 * index] = gradient
-        return dz, found
+        return found
 
     def dx(self, dz: Tensor | None, dys: Sequence[Tensor]) -> Tensor:
         """The gradient (N, I) of x; that of the frozen weights only where `dz` is None."""
@@ -140,11 +155,8 @@ class Group:
         if not self.dropout:
             return list(fp32_mm(dz.t(), x).split(self.ranks))
         if self.together:
-            return kernels.dropped_a(dz, x, self.seed, self.key, self.dropout, len(self.ranks)).unbind()
-        parts = enumerate(self._split(dz))
-        return [
-            fp32_mm(part.t(), kernels.dropped(x, self.seed, self.key, which, self.dropout)) for which, part in parts
-        ]
+            return kernels.dropped_a(dz, x, self.seed, self.key, self.first, self.dropout, len(self.ranks)).unbind()
+        return [fp32_mm(part.t(), self._dropped(x, which)) for which, part in enumerate(self._split(dz))]
 
     def _low_rank_dx(self, dz: Tensor) -> Tensor:
         assert self.a is not None
@@ -152,11 +164,10 @@ class Group:
             return dz @ self.a
         if self.together:
             return kernels.dropped_up(
-                dz, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.key, self.dropout
+                dz, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.key, self.first, self.dropout
             )
         parts = enumerate(zip(self._split(dz), self.a.split(self.ranks), strict=True))
-        pieces = [kernels.dropped(part @ a, self.seed, self.key, which, self.dropout) for which, (part, a) in parts]
-        return torch.stack(pieces).sum(0)
+        return torch.stack([self._dropped(part @ a, which) for which, (part, a) in parts]).sum(0)
 
 
 def _output(p: Parts, x: Any, low: kernels.Low | None, base: Tensor | None) -> Tensor:
@@ -227,33 +238,57 @@ def _usable(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Parts, ...] | None
     return parts_of(linears) if product_dtype(x) in DTYPES else None
 
 
-class _Linears(torch.autograd.Function):
+class _NormLinears(torch.autograd.Function):
+    """Linears of the norm of x. `lean`: the norm is worked out again in the backward pass."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parts: tuple[Parts, ...], seed: Tensor, *_factors: Tensor | None) -> Any:
-        cast = Group.cast(parts, x.dtype)
+    def forward(
+        ctx: Any, x: Tensor, norm: _Norm, parts: tuple[Parts, ...], seed: Tensor, lean: bool, *_factors: Tensor | None
+    ) -> Any:
+        y, rstd = norm.of(x)
+        cast = Group.cast(parts, y.dtype)
         group = Group(parts, seed, cast)
-        z = group.down(x)
-        ctx.parts, ctx.seed = parts, seed
-        ctx.save_for_backward(x if z is not None else None, z, *cast)
-        return tuple(group.up(x, z))
+        z = group.down(y)
+        ctx.norm, ctx.parts, ctx.seed = norm, parts, seed
+        ctx.save_for_backward(x, rstd, None if lean or z is None else y, z, *cast)
+        return x, *group.up(y, z)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> Any:
-        x, z, *cast = ctx.saved_tensors
+    def backward(ctx: Any, past: Tensor, *dys: Tensor) -> Any:
+        x, rstd, y, z, *cast = ctx.saved_tensors
+        if y is None and z is not None:
+            y, _ = ctx.norm.of(x)
         dys = tuple(dy.contiguous() for dy in dys)
         group = Group(ctx.parts, ctx.seed, cast)
-        dz, gradients = group.gradients(x, z, dys)
-        dx = group.dx(dz, dys) if ctx.needs_input_grad[0] else None
-        return dx, None, None, *_cast(gradients, ctx.parts)
+        dz, gradients = group.gradients(y, z, dys)
+        dx = ctx.norm.backward(group.dx(dz, dys), x, rstd, past) if ctx.needs_input_grad[0] else None
+        return dx, None, None, None, None, *_cast(gradients, ctx.parts)
 
 
-def linears(masks: Masks, x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class _Norm:
+    weight: Tensor  # (C,)
+    eps: float
+    dtype: torch.dtype  # of the products
+
+    def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm (N, C) and 1/rms (N,)."""
+        return kernels.rms_norm(x, self.weight, self.eps, self.dtype)
+
+    def backward(self, dy: Tensor, x: Tensor, rstd: Tensor, past: Tensor, out: Tensor | None = None) -> Tensor:
+        """The gradient of x, `past` being what went by."""
+        return kernels.rms_norm_backward(dy, x, self.weight, rstd, past.contiguous(), out)
+
+
+def norm_linears(
+    masks: Masks, x: Tensor, weight: Tensor, eps: float, modules: Sequence[nn.Module], keep: Keep
+) -> tuple[Tensor, ...]:
     parts = _usable(x, modules)
-    if parts is None:
-        return reference.linears(x, modules)
-    x = x.to(product_dtype(x))
-    return _Linears.apply(x, parts, masks.seed, *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+    if parts is None or not _takes_norm(x, weight):
+        return reference.norm_linears(x, weight, eps, modules, keep)
+    norm = _Norm(weight, eps, product_dtype(x))
+    return _NormLinears.apply(x, norm, parts, masks.seed, keep != "all", *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _LinearAdd(torch.autograd.Function):
@@ -297,71 +332,152 @@ def linear_add(masks: Masks, residual: Tensor, x: Tensor, linear: nn.Module) -> 
 # ---------------------------------------------------------------- MLP
 
 
-class _MLP(torch.autograd.Function):
+@dataclass
+class _Inside:
+    """What the MLP of a tile of tokens works out on its way, for its backward pass."""
+
+    y: Tensor | None  # the norm (N, C); None where it was not kept
+    rstd: Tensor
+    z: Tensor | None
+    gate: Tensor  # (N, F), without the adapter's part where `Group.lows` gives that to the kernels
+    up: Tensor
+    hidden: Tensor | None = None  # (N, F); None where it was not kept
+    z_outer: Tensor | None = None
+
+    def tensors(self, lean: bool) -> tuple[Tensor | None, ...]:
+        adapted = self.z is not None, self.z_outer is not None
+        y, hidden = (t if kept and not lean else None for t, kept in zip((self.y, self.hidden), adapted, strict=True))
+        return y, self.rstd, self.z, self.gate, self.up, hidden, self.z_outer
+
+
+@dataclass(frozen=True)
+class _SwiGLU:
+    """x + the MLP of x's norm, forward and backward, without autograd."""
+
+    norm: _Norm
+    parts: tuple[Parts, ...]  # gate, up, down
+    seed: Tensor
+
+    def groups(self, casts: Sequence[Tensor], first: int = 0) -> tuple[Group, Group]:
+        adapted = sum(p.A is not None for p in self.parts[:2])
+        split = adapted + 1 if adapted else 0
+        inner = Group(self.parts[:2], self.seed, casts[:split], first)
+        return inner, Group(self.parts[2:], self.seed, casts[split:], first)
+
+    def casts(self) -> tuple[Tensor, ...]:
+        dtype = self.norm.dtype
+        return *Group.cast(self.parts[:2], dtype), *Group.cast(self.parts[2:], dtype)
+
+    def enter(self, inner: Group, x: Tensor) -> _Inside:
+        y, rstd = self.norm.of(x)
+        z = inner.down(y)
+        gate, up = inner.up(y, z if inner.lows(z) is None else None)
+        return _Inside(y, rstd, z, gate, up)
+
+    def leave(self, inner: Group, outer: Group, x: Tensor, inside: _Inside) -> Tensor:
+        inside.hidden = kernels.swiglu(inside.gate, inside.up, *(inner.lows(inside.z) or (None, None)))
+        inside.z_outer = outer.down(inside.hidden)
+        return _on_top(outer, inside.hidden, inside.z_outer, x)
+
+    def backward(
+        self, inner: Group, outer: Group, x: Tensor, inside: _Inside, past: Tensor, out: Tensor | None
+    ) -> list[Tensor | None]:
+        """The factors' gradients; that of x into `out`, where it is wanted. What `inside` does not hold is worked out
+        again."""
+        dy = past.contiguous().to(inside.gate.dtype)
+        dz_outer, hidden, again = outer.dz([dy]), inside.hidden, None
+        if hidden is None and dz_outer is not None:
+            hidden = again = torch.empty_like(inside.gate)
+        low = outer.low_dx(dz_outer)
+        d_hidden = outer.dx(dz_outer if low is None else None, [dy])
+        low_gate, low_up = inner.lows(inside.z) or (None, None)
+        dys = kernels.swiglu_backward(d_hidden, inside.gate, inside.up, low_gate, low_up, low, again)
+        z_outer = outer.down(hidden) if inside.z_outer is None and hidden is not None else inside.z_outer
+        last = outer.factor_gradients(hidden, z_outer, dz_outer, [dy])
+        y = self.norm.of(x)[0] if inside.y is None and inside.z is not None else inside.y
+        dz, gradients = inner.gradients(y, inside.z, dys)
+        if out is not None:
+            self.norm.backward(inner.dx(dz, dys), x, inside.rstd, past, out)
+        return [*gradients, *last]
+
+
+class _NormMLP(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, residual: Tensor, x: Tensor, parts: tuple[Parts, ...], masks: Masks, *_factors: Any
-    ) -> Tensor:
-        seed = masks.seed
-        casts = Group.cast(parts[:2], x.dtype), Group.cast(parts[2:], x.dtype)
-        inner, outer = Group(parts[:2], seed, casts[0]), Group(parts[2:], seed, casts[1])
-        z = inner.down(x)
-        lows = inner.lows(z)
-        gate, up = inner.up(x, z if lows is None else None)
-        low_gate, low_up = lows or (None, None)
-        hidden = kernels.swiglu(gate, up, low_gate, low_up)
-        z_outer = outer.down(hidden)
-        kept = hidden if z_outer is not None else None
-        ctx.parts, ctx.seed, ctx.split = parts, seed, len(casts[0])
-        ctx.save_for_backward(x if z is not None else None, z, gate, up, kept, z_outer, *casts[0], *casts[1])
-        if masks.recomputing:  # a block's last product, which nothing of its backward pass reads
-            return torch.empty_like(residual)
-        return _on_top(outer, hidden, z_outer, residual)
+    def forward(ctx: Any, x: Tensor, mlp: _SwiGLU, lean: bool, *_factors: Any) -> Tensor:
+        casts = mlp.casts()
+        inner, outer = mlp.groups(casts)
+        inside = mlp.enter(inner, x)
+        y = mlp.leave(inner, outer, x, inside)
+        ctx.mlp = mlp
+        ctx.save_for_backward(x, *inside.tensors(lean), *casts)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> Any:
-        x, z, gate, up, hidden, z_outer, *cast = ctx.saved_tensors
-        inner = Group(ctx.parts[:2], ctx.seed, cast[: ctx.split])
-        outer = Group(ctx.parts[2:], ctx.seed, cast[ctx.split :])
-        dy = dys[0].contiguous().to(gate.dtype)
-        dz_outer, last = outer.gradients(hidden, z_outer, [dy])
-        low = outer.low_dx(dz_outer)
-        d_hidden = outer.dx(dz_outer if low is None else None, [dy])
-        low_gate, low_up = inner.lows(z) or (None, None)
-        d_gate, d_up = kernels.swiglu_backward(d_hidden, gate, up, low_gate, low_up, low)
-        dz, first = inner.gradients(x, z, [d_gate, d_up])
-        dx = inner.dx(dz, [d_gate, d_up]) if ctx.needs_input_grad[1] else None
-        return dys[0], dx, None, None, *_cast([*first, *last], ctx.parts)
+    def backward(ctx: Any, past: Tensor) -> Any:
+        x, *saved = ctx.saved_tensors
+        inner, outer = ctx.mlp.groups(saved[7:])
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        gradients = ctx.mlp.backward(inner, outer, x, _Inside(*saved[:7]), past, dx)
+        return dx, None, None, *_cast(gradients, ctx.mlp.parts)
 
 
-def mlp(masks: Masks, residual: Tensor, x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
-    parts = _usable(x, [gate, up, down])
-    if parts is None:
-        return reference.mlp(residual, x, gate, up, down)
-    x = x.to(product_dtype(x))
-    return _MLP.apply(residual, x, parts, masks, *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+class _TiledNormMLP(torch.autograd.Function):
+    """Keeps its input only: the backward pass goes through it tile by tile, forward and back. So where a block is run
+    again for its backward pass, there is nothing to do here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mlp: _SwiGLU, again: bool, *_factors: Any) -> Tensor:
+        ctx.mlp = mlp
+        ctx.save_for_backward(x)
+        y = torch.empty_like(x)
+        if not again:
+            casts = mlp.casts()
+            for rows in _tiles(x):
+                inner, outer = mlp.groups(casts, rows.start)
+                y[rows] = mlp.leave(inner, outer, x[rows], mlp.enter(inner, x[rows]))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, past: Tensor) -> Any:
+        (x,), mlp, casts = ctx.saved_tensors, ctx.mlp, ctx.mlp.casts()
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        sums: list[Tensor | None] = []
+        for rows in _tiles(x):
+            inner, outer = mlp.groups(casts, rows.start)
+            out = None if dx is None else dx[rows]
+            sums = _added(sums, mlp.backward(inner, outer, x[rows], mlp.enter(inner, x[rows]), past[rows], out))
+        return dx, None, None, *_cast(sums, mlp.parts)
+
+
+def _tiles(x: Tensor) -> Iterator[slice]:
+    """Of equal size, so that their products are of one shape."""
+    count = -(-len(x) // reference.TILE)
+    size = -(-len(x) // count)
+    return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
+
+
+def _added(sums: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor | None]:
+    if not sums:
+        return more
+    return [new if old is None or new is None else old.add_(new) for old, new in zip(sums, more, strict=True)]
+
+
+def norm_mlp(masks: Masks, x: Tensor, weight: Tensor, eps: float, modules: Sequence[nn.Module], keep: Keep) -> Tensor:
+    parts = _usable(x, modules)
+    if parts is None or not _takes_norm(x, weight):
+        return reference.norm_mlp(x, weight, eps, modules, keep)
+    mlp = _SwiGLU(_Norm(weight, eps, product_dtype(x)), parts, masks.seed)
+    if keep == "input":
+        return _TiledNormMLP.apply(x, mlp, masks.recomputing, *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+    return _NormMLP.apply(x, mlp, keep == "lean", *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
 
 
 # ---------------------------------------------------------------- norms, rotary embedding
 
 
-class _ResidualNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        y, rstd = kernels.rms_norm(x, weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return x, y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, rstd = ctx.saved_tensors
-        past, dy = gradients
-        return kernels.rms_norm_backward(dy.contiguous(), x, weight, rstd, past.contiguous()), None, None
-
-
-class _Norm(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y, rstd = kernels.rms_norm(x, weight, eps)
@@ -375,21 +491,15 @@ class _Norm(torch.autograd.Function):
         return kernels.rms_norm_backward(dys[0].contiguous(), x, weight, rstd, None), None, None
 
 
-def _norms(x: Tensor, weight: Tensor) -> bool:
+def _takes_norm(x: Tensor, weight: Tensor) -> bool:
     return x.dtype in DTYPES and x.dtype == weight.dtype and not weight.requires_grad
 
 
-def residual_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    if not _norms(x, weight):
-        return reference.residual_norm(x, weight, eps)
-    return _ResidualNorm.apply(x, weight, eps)  # type: ignore[no-any-return,no-untyped-call]
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if not _norms(x, weight):
+    if not _takes_norm(x, weight):
         return reference.rms_norm(x, weight, eps)
     flat = x.reshape(-1, x.shape[-1])
-    return _Norm.apply(flat, weight, eps).view(x.shape)  # type: ignore[no-any-return,no-untyped-call]
+    return _RMSNorm.apply(flat, weight, eps).view(x.shape)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Rope(torch.autograd.Function):
@@ -427,7 +537,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None, None]
         for start in range(0, len(x), rows):
-            group = Group(parts, seed, cast, start // rows)
+            group = Group(parts, seed, cast, start)
             piece = x[start : start + rows]
             z = group.down(piece)
             (logits,) = group.up(piece, z)
@@ -435,10 +545,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if needed:
                 dz, gradients = group.gradients(piece, z, [logits])
-                sums = [
-                    new if old is None else old + new if new is not None else old
-                    for old, new in zip(sums, gradients, strict=True)
-                ]
+                sums = _added(sums, gradients)
                 if dx is not None:
                     dx[start : start + rows] = group.dx(dz, [logits])
         ctx.save_for_backward(dx, *sums)
@@ -463,11 +570,10 @@ def table(device: torch.device) -> Ops:
     masks = Masks(device)
     return Ops(
         rms_norm=rms_norm,
-        residual_norm=residual_norm,
         rope=rope,
-        linears=partial(linears, masks),
+        norm_linears=partial(norm_linears, masks),
         linear_add=partial(linear_add, masks),
-        mlp=partial(mlp, masks),
+        norm_mlp=partial(norm_mlp, masks),
         linear_cross_entropy=partial(linear_cross_entropy, masks),
         masks=masks,
     )

@@ -54,19 +54,21 @@ def _norm_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x (N, C), weight (C,) -> y (N, C) and 1/rms (N,) fp32."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """x (N, C), weight (C,) -> y (N, C) in `dtype` and 1/rms (N,) fp32."""
     rows, size = x.shape
-    y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+    y, rstd = torch.empty_like(x, dtype=dtype), torch.empty(rows, dtype=torch.float32, device=x.device)
     block = _power(size)
     _rms_norm[(rows,)](x, weight, y, rstd, size, eps, block=block, num_warps=_norm_warps(block))
     return y, rstd
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None) -> Tensor:
-    """dx (N, C), with `residual` (N, C), the gradient that went past the norm, added to it."""
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual: Tensor | None, out: Tensor | None = None
+) -> Tensor:
+    """dx (N, C), with `residual` (N, C), the gradient that went past the norm, added to it; into `out` where given."""
     rows, size = x.shape
-    dx, block = torch.empty_like(x), _power(size)
+    dx, block = torch.empty_like(x) if out is None else out, _power(size)
     add = residual is not None
     _rms_norm_backward[(rows,)](
         dy, x, weight, rstd, residual if add else dy, dx, size, add=add, block=block, num_warps=_norm_warps(block)
@@ -126,15 +128,22 @@ def _swiglu(gate, up, y, size, block: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(dy, gate, up, d_gate, size, block: tl.constexpr):
+def _store_swiglu(dy, d_gate, y, place, inside, d, g, u, again: tl.constexpr):
+    gated = tl.sigmoid(g)
+    tl.store(d_gate + place, d * u * gated * (1 + g * (1 - gated)), mask=inside)
+    tl.store(dy + place, d * g * gated, mask=inside)
+    if again:
+        tl.store(y + place, (g * gated).to(y.dtype.element_ty).to(tl.float32) * u, mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(dy, gate, up, d_gate, y, size, again: tl.constexpr, block: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = place < size
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up + place, mask=inside, other=0.0).to(tl.float32)
     d = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
-    gated = tl.sigmoid(g)
-    tl.store(d_gate + place, d * u * gated * (1 + g * (1 - gated)), mask=inside)
-    tl.store(dy + place, d * g * gated, mask=inside)
+    _store_swiglu(dy, d_gate, y, place, inside, d, g, u, again)
 
 
 @triton.jit
@@ -165,8 +174,8 @@ def _swiglu_low(
 
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu_low_backward(
-    dy, gate, up, d_gate, z_gate, b_gate, z_up, b_up, dz, a, rows, size, z_stride, dz_stride, rank_gate, rank_up, rank,
-    tile: tl.constexpr, block: tl.constexpr, r: tl.constexpr,
+    dy, gate, up, d_gate, y, z_gate, b_gate, z_up, b_up, dz, a, rows, size, z_stride, dz_stride,
+    rank_gate, rank_up, rank, again: tl.constexpr, tile: tl.constexpr, block: tl.constexpr, r: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.program_id(1) * block + tl.arange(0, block)
@@ -178,9 +187,7 @@ def _swiglu_low_backward(
     u += tl.load(up + place, mask=here & across, other=0.0).to(tl.float32)
     d = _low(dz, a, row, column, here, across, dz_stride, 1, size, rank, r)
     d += tl.load(dy + place, mask=here & across, other=0.0).to(tl.float32)
-    gated = tl.sigmoid(g)
-    tl.store(d_gate + place, d * u * gated * (1 + g * (1 - gated)), mask=here & across)
-    tl.store(dy + place, d * g * gated, mask=here & across)
+    _store_swiglu(dy, d_gate, y, place, here & across, d, g, u, again)
 
 
 _FLAT = 2048
@@ -209,12 +216,15 @@ def swiglu_backward(
     low_gate: Low | None = None,
     low_up: Low | None = None,
     low_dy: Low | None = None,
+    hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(d_gate, d_up); d_up takes dy's place. `low_dy`: dz (N, R) and a (R, F), dz a being part of dy."""
+    """(d_gate, d_up); d_up takes dy's place. `low_dy`: dz (N, R) and a (R, F), dz a being part of dy. Into `hidden`
+    goes what `swiglu` gave."""
     d_gate, (rows, size) = torch.empty_like(gate), gate.shape
+    y, again = dy if hidden is None else hidden, hidden is not None
     if low_gate is None and low_up is None and low_dy is None:
         _swiglu_backward[(triton.cdiv(rows * size, _FLAT),)](
-            dy, gate, up, d_gate, rows * size, block=_FLAT, num_warps=4
+            dy, gate, up, d_gate, y, rows * size, again=again, block=_FLAT, num_warps=4
         )
         return d_gate, dy
     lows, ranks, r = _lows(gate, low_gate, low_up)
@@ -222,7 +232,7 @@ def swiglu_backward(
     rank = dz.shape[1]
     stride, tile, block = max(low.stride(0) for low in (lows[0], lows[2])), 32, 128
     _swiglu_low_backward[(triton.cdiv(rows, tile), triton.cdiv(size, block))](
-        dy, gate, up, d_gate, *lows, dz, a, rows, size, stride, dz.stride(0), *ranks, rank,
+        dy, gate, up, d_gate, y, *lows, dz, a, rows, size, stride, dz.stride(0), *ranks, rank, again=again,
         tile=tile, block=block, r=max(r, 16, _power(max(1, rank))), num_warps=4,
     )  # fmt: skip
     return d_gate, dy
@@ -312,33 +322,22 @@ SEEDS = 2**30  # that `_kept` takes, with room for the keys below 2**31
 
 
 @triton.jit
-def _kept(seed, key, place, threshold):
+def _kept(seed, key, place, first, size, threshold):
     """Whether an element stays for the adapter `key`: a hash of its place, the key and the seed (murmur3's mixer), not
-    below the threshold; the same in forward and backward, so that no mask is stored."""
-    h = place.to(tl.uint32) * 0x9E3779B1
+    below the threshold; the same in forward and backward, so that no mask is stored. `place` is counted from the
+    stream's row `first`, so that a tile of tokens has the masks that it has in the whole."""
+    h = (place + tl.cast(first, tl.int64) * size).to(tl.uint32) * 0x9E3779B1
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) ^ (seed + key * 7919).to(tl.uint32)
     h = (h ^ (h >> 13)) * 0xC2B2AE35
     h = h ^ (h >> 16)
     return (h & 0xFFFFFF) >= threshold
 
 
-@triton.jit(do_not_specialize=["key", "rows"])
+@triton.jit(do_not_specialize=["key", "first", "rows"])
 def _dropped_down(
-    x,
-    a,
-    z,
-    seeds,
-    key,
-    rows,
-    size,
-    rank,
-    z_stride,
-    threshold,
-    keep_scale,
-    tile: tl.constexpr,
-    block: tl.constexpr,
-    r: tl.constexpr,
-):
+    x, a, z, seeds, key, first, rows, size, rank, z_stride, threshold, keep_scale,
+    tile: tl.constexpr, block: tl.constexpr, r: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     which, seed = tl.program_id(1), tl.load(seeds).to(tl.int32)
     inner = tl.arange(0, r)
@@ -347,31 +346,18 @@ def _dropped_down(
         column = start + tl.arange(0, block)
         place = row[:, None].to(tl.int64) * size + column[None, :]
         value = tl.load(x + place, mask=(row < rows)[:, None] & (column < size)[None, :], other=0.0)
-        value = tl.where(_kept(seed, key + which, place, threshold), value, 0.0).to(value.dtype)
+        value = tl.where(_kept(seed, key + which, place, first, size, threshold), value, 0.0).to(value.dtype)
         right = tl.load(a + which * rank * size + inner[None, :] * size + column[:, None], mask=(inner < rank)[None, :] & (column < size)[:, None], other=0.0)  # fmt: skip  # noqa: E501
         total = tl.dot(value, right, total, input_precision="ieee")
     place = z + row[:, None] * z_stride + which * rank + inner[None, :]
     tl.store(place, total * keep_scale, mask=(row < rows)[:, None] & (inner < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["key", "rows"])
+@triton.jit(do_not_specialize=["key", "first", "rows"])
 def _dropped_up(
-    dz,
-    a,
-    dx,
-    seeds,
-    key,
-    rows,
-    size,
-    rank,
-    count,
-    z_stride,
-    threshold,
-    keep_scale,
-    tile: tl.constexpr,
-    block: tl.constexpr,
-    r: tl.constexpr,
-):
+    dz, a, dx, seeds, key, first, rows, size, rank, count, z_stride, threshold, keep_scale,
+    tile: tl.constexpr, block: tl.constexpr, r: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * tile + tl.arange(0, tile)
     column = tl.program_id(1) * block + tl.arange(0, block)
     inner = tl.arange(0, r)
@@ -382,29 +368,15 @@ def _dropped_up(
         left = tl.load(dz + row[:, None] * z_stride + which * rank + inner[None, :], mask=(row < rows)[:, None] & (inner < rank)[None, :], other=0.0)  # fmt: skip  # noqa: E501
         right = tl.load(a + which * rank * size + inner[:, None] * size + column[None, :], mask=(inner < rank)[:, None] & (column < size)[None, :], other=0.0)  # fmt: skip  # noqa: E501
         value = tl.dot(left, right, input_precision="ieee")
-        total += tl.where(_kept(seed, key + which, place, threshold), value * keep_scale, 0.0)
+        total += tl.where(_kept(seed, key + which, place, first, size, threshold), value * keep_scale, 0.0)
     tl.store(dx + place, total, mask=(row < rows)[:, None] & (column < size)[None, :])
 
 
-@triton.jit(do_not_specialize=["key", "rows", "chunk"])
+@triton.jit(do_not_specialize=["key", "first", "rows", "chunk"])
 def _dropped_a(
-    dz,
-    x,
-    parts,
-    seeds,
-    key,
-    rows,
-    size,
-    rank,
-    z_stride,
-    chunk,
-    threshold,
-    keep_scale,
-    count,
-    tile: tl.constexpr,
-    block: tl.constexpr,
-    r: tl.constexpr,
-):
+    dz, x, parts, seeds, key, first, rows, size, rank, z_stride, chunk, threshold, keep_scale, count,
+    tile: tl.constexpr, block: tl.constexpr, r: tl.constexpr,
+):  # fmt: skip
     column = tl.program_id(0) * block + tl.arange(0, block)
     split, which, seed = tl.program_id(1), tl.program_id(2), tl.load(seeds).to(tl.int32)
     inner = tl.arange(0, r)
@@ -413,22 +385,24 @@ def _dropped_a(
         row = start + tl.arange(0, tile)
         place = row[:, None].to(tl.int64) * size + column[None, :]
         value = tl.load(x + place, mask=(row < rows)[:, None] & (column < size)[None, :], other=0.0)
-        value = tl.where(_kept(seed, key + which, place, threshold), value, 0.0).to(value.dtype)
+        value = tl.where(_kept(seed, key + which, place, first, size, threshold), value, 0.0).to(value.dtype)
         left = tl.load(dz + row[None, :] * z_stride + which * rank + inner[:, None], mask=(row < rows)[None, :] & (inner < rank)[:, None], other=0.0)  # fmt: skip  # noqa: E501
         total = tl.dot(left, value, total, input_precision="ieee")
     place = parts + ((split * count + which) * rank + inner[:, None]) * size + column[None, :]
     tl.store(place, total * keep_scale, mask=(inner < rank)[:, None] & (column < size)[None, :])
 
 
-@triton.jit(do_not_specialize=["key", "which"])
-def _dropped(x, y, seeds, key, which, size, threshold, keep_scale, block: tl.constexpr):
+@triton.jit(do_not_specialize=["key", "first", "which"])
+def _dropped(x, y, seeds, key, first, which, size, threshold, keep_scale, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
     place = row * size + column
     seed = tl.load(seeds).to(tl.int32)
     value = tl.load(x + place, mask=column < size, other=0.0).to(tl.float32)
     tl.store(
-        y + place, tl.where(_kept(seed, key + which, place, threshold), value * keep_scale, 0.0), mask=column < size
+        y + place,
+        tl.where(_kept(seed, key + which, place, first, size, threshold), value * keep_scale, 0.0),
+        mask=column < size,
     )
 
 
@@ -436,39 +410,41 @@ def _threshold(p: float) -> int:
     return round(p * 2**24)
 
 
-def dropped(x: Tensor, seed: Tensor, key: int, which: int, p: float) -> Tensor:
+def dropped(x: Tensor, seed: Tensor, key: int, first: int, which: int, p: float) -> Tensor:
     """dropout(x) of adapter `which`, (N, I): for ranks that the kernels above do not hold."""
     y, size = torch.empty_like(x), x.shape[1]
-    _dropped[(len(x), triton.cdiv(size, 1024))](x, y, seed, key, which, size, _threshold(p), 1 / (1 - p), block=1024)
+    _dropped[(len(x), triton.cdiv(size, 1024))](
+        x, y, seed, key, first, which, size, _threshold(p), 1 / (1 - p), block=1024
+    )
     return y
 
 
-def dropped_down(x: Tensor, a: Tensor, seed: Tensor, key: int, p: float) -> Tensor:
-    """z (N, J·R): for each of J adapters dropout_j(x) aᵀ_j. x (N, I), a (J, R, I), seed (1,) int64 on the device and
-    key, the first adapter's number: the same in each of the three."""
+def dropped_down(x: Tensor, a: Tensor, seed: Tensor, key: int, first: int, p: float) -> Tensor:
+    """z (N, J·R): for each of J adapters dropout_j(x) aᵀ_j. x (N, I), the stream's rows from `first` on, a (J, R, I),
+    seed (1,) int64 on the device and key, the first adapter's number: the same in each of the three."""
     (rows, size), (count, rank, _) = x.shape, a.shape
     z = torch.empty(rows, count * rank, dtype=x.dtype, device=x.device)
     tile, block = 32, 128
     _dropped_down[(triton.cdiv(rows, tile), count)](
-        x, a, z, seed, key, rows, size, rank, count * rank, _threshold(p), 1 / (1 - p),
+        x, a, z, seed, key, first, rows, size, rank, count * rank, _threshold(p), 1 / (1 - p),
         tile=tile, block=block, r=max(16, _power(rank)), num_warps=4, num_stages=4,
     )  # fmt: skip
     return z
 
 
-def dropped_up(dz: Tensor, a: Tensor, seed: Tensor, key: int, p: float) -> Tensor:
+def dropped_up(dz: Tensor, a: Tensor, seed: Tensor, key: int, first: int, p: float) -> Tensor:
     """dx (N, I): the sum over J of the mask of j times dz_j a_j. dz (N, J·R)."""
     rows, (count, rank, size) = len(dz), a.shape
     dx = torch.empty(rows, size, dtype=dz.dtype, device=dz.device)
     tile, block = 64, 128
     _dropped_up[(triton.cdiv(rows, tile), triton.cdiv(size, block))](
-        dz, a, dx, seed, key, rows, size, rank, count, count * rank, _threshold(p), 1 / (1 - p),
+        dz, a, dx, seed, key, first, rows, size, rank, count, count * rank, _threshold(p), 1 / (1 - p),
         tile=tile, block=block, r=max(16, _power(rank)), num_warps=4,
     )  # fmt: skip
     return dx
 
 
-def dropped_a(dz: Tensor, x: Tensor, seed: Tensor, key: int, p: float, count: int) -> Tensor:
+def dropped_a(dz: Tensor, x: Tensor, seed: Tensor, key: int, first: int, p: float, count: int) -> Tensor:
     """dA (J, R, I) fp32: dz_jᵀ dropout_j(x), summed in pieces of tokens, always in the same order."""
     rows, size = x.shape
     rank = dz.shape[1] // count
@@ -477,7 +453,7 @@ def dropped_a(dz: Tensor, x: Tensor, seed: Tensor, key: int, p: float, count: in
     chunk = triton.cdiv(triton.cdiv(rows, splits), tile) * tile
     parts = torch.empty(splits, count, rank, size, dtype=torch.float32, device=x.device)
     _dropped_a[(triton.cdiv(size, block), splits, count)](
-        dz, x, parts, seed, key, rows, size, rank, count * rank, chunk, _threshold(p), 1 / (1 - p), count,
+        dz, x, parts, seed, key, first, rows, size, rank, count * rank, chunk, _threshold(p), 1 / (1 - p), count,
         tile=tile, block=block, r=max(16, _power(rank)), num_warps=4,
     )  # fmt: skip
     return parts.sum(0)

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+Keep = Literal["all", "lean", "input"]  # for the backward pass: lean: no norms, no SwiGLU; input: nothing else
 LOGITS_BYTES = 256 * 2**20  # fp32 logits held at a time
+TILE = 4096  # tokens of an MLP at a time where its backward pass works everything out again
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -28,11 +31,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
-def residual_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x, its norm): the residual stream goes on beside what is normalized."""
-    return x, rms_norm(x, weight, eps)
-
-
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates q (N, H, D) and k (N, K, D) by cos, sin (N, 1, D/2)."""
     return rotate(q, cos, sin), rotate(k, cos, sin)
@@ -45,9 +43,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def linears(x: Tensor, modules: Sequence[nn.Module]) -> tuple[Tensor, ...]:
-    """Each linear's output, of the same x (N, I)."""
-    return tuple(module(x) for module in modules)
+def norm_linears(
+    x: Tensor, weight: Tensor, eps: float, modules: Sequence[nn.Module], keep: Keep = "all"
+) -> tuple[Tensor, ...]:
+    """x (N, C), the residual stream that goes on, and each linear's output (N, O) of its norm. What is kept here is
+    autograd's choice: litlora.recompute works round it."""
+    y = rms_norm(x, weight, eps)
+    return x, *(module(y) for module in modules)
 
 
 def linear_add(residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
@@ -55,9 +57,11 @@ def linear_add(residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
     return residual + linear(x)  # type: ignore[no-any-return]
 
 
-def mlp(residual: Tensor, x: Tensor, gate: nn.Module, up: nn.Module, down: nn.Module) -> Tensor:
-    """residual (N, C) + SwiGLU of x (N, C)."""
-    return residual + down(F.silu(gate(x)) * up(x))  # type: ignore[no-any-return]
+def norm_mlp(x: Tensor, weight: Tensor, eps: float, modules: Sequence[nn.Module], keep: Keep = "all") -> Tensor:
+    """x (N, C) + SwiGLU of its norm; modules: gate, up, down."""
+    gate, up, down = modules
+    y = rms_norm(x, weight, eps)
+    return x + down(F.silu(gate(y)) * up(y))  # type: ignore[no-any-return]
 
 
 def linear_cross_entropy(x: Tensor, head: nn.Module, labels: Tensor) -> Tensor:

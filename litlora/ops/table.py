@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from litlora.ops import reference
+from litlora.ops.reference import Keep
 
 
 class Masks(Protocol):
@@ -33,10 +34,11 @@ class Ops:
     """Shapes and meaning are in `reference`, which is also what each replacement is held to."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
-    residual_norm: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = reference.residual_norm
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = reference.rope
-    linears: Callable[[Tensor, Sequence[nn.Module]], tuple[Tensor, ...]] = reference.linears
+    norm_linears: Callable[[Tensor, Tensor, float, Sequence[nn.Module], Keep], tuple[Tensor, ...]] = (
+        reference.norm_linears
+    )
     linear_add: Callable[[Tensor, Tensor, nn.Module], Tensor] = reference.linear_add
-    mlp: Callable[[Tensor, Tensor, nn.Module, nn.Module, nn.Module], Tensor] = reference.mlp
+    norm_mlp: Callable[[Tensor, Tensor, float, Sequence[nn.Module], Keep], Tensor] = reference.norm_mlp
     linear_cross_entropy: Callable[[Tensor, nn.Module, Tensor], Tensor] = reference.linear_cross_entropy
     masks: Masks | None = None  # None: dropout draws from torch's generators

@@ -1,0 +1,110 @@
+"""How long a token takes, and by that the fastest way to cut a run into micro-batches that fits the memory.
+
+A model of the card in three figures: the rate of its products, that of its memory, and tokens from which on products are
+efficient. The constants were fitted to an H100's steps (benchmarks/RESULTS.md says how far off it is).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from litlora.flops import matmul_rate
+from litlora.memory import QUANTIZED, MicroBatch, Recipe
+
+CPU_TOKENS = 2048  # enough for the products' speed, small enough for the caches
+GPU_TOKENS = 9216  # from here on longer packs are no faster; 128 rows of Alpaca are two such, of 8,170 on average
+HALF = 200  # tokens at which products reach half of their rate
+PASSES = 10  # of what blocks keep through the memory: everything but products, forward and backward
+FP8 = 2.0  # times the 16-bit rate of products
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a GPU sustains."""
+
+    matmul: float  # FLOP/s in 16 bit
+    memory: float  # bytes/s
+
+    @classmethod
+    def measured(cls, device: torch.device) -> Card | None:
+        """Of this machine's GPU, in a fraction of a second; None for a CPU."""
+        rate = matmul_rate(device, torch.bfloat16)
+        return None if rate is None else cls(SUSTAINED * rate, _copy_rate(device))
+
+
+SUSTAINED = 0.98  # of a short product's rate: the power limit
+H100 = Card(7.07e14, 3.0e12)
+
+
+def seconds_per_token(recipe: Recipe, micro: MicroBatch, card: Card = H100) -> float:
+    """Of whole micro-batches, forward and backward; attention, which depends on the rows' lengths, is left out."""
+    config, tokens = recipe.config, micro.tokens
+    shapes = dict(config.linear_shapes)
+    head_out, head_in = shapes.pop("lm_head")
+    block = sum(out * inn for out, inn in shapes.values())
+    layers = config.num_hidden_layers
+    weights, head, again = block * layers, head_out * head_in, micro.blocks / layers
+    share = 1 - config.hidden_size * config.intermediate_size / block  # of a block: its last product is left out
+    fp8 = FP8 if recipe.quantize == "fp8" else 1.0
+    flop = (4 + 2 * again * share) * weights / fp8 + 4 * head + 6 * recipe.adapter_parameters
+    widths, item = recipe.widths, recipe.compute.itemsize
+    moved = PASSES * (1 + again / 2) * widths.all
+    if micro.policy != "none":
+        moved += 2 * (widths.all - widths.lean)
+    per_token = flop / card.matmul * (1 + HALF / tokens) + item * layers * moved / card.memory
+    if recipe.quantize:  # made wide, or turned round, once a pass through the weights
+        per_token += _unpacking(recipe, micro) * weights / card.memory / tokens
+    if micro.policy == "offload":
+        per_token *= 1.05
+    return per_token
+
+
+def _unpacking(recipe: Recipe, micro: MicroBatch) -> float:
+    """Bytes a weight and micro-batch."""
+    again = micro.blocks / recipe.config.num_hidden_layers
+    assert recipe.quantize is not None
+    if recipe.quantize == "fp8":
+        return 2.0  # read and written, for the backward pass alone
+    return (2 + again) * (QUANTIZED[recipe.quantize] + recipe.compute.itemsize)
+
+
+def choose_micro_batch(recipe: Recipe, longest: int, memory: float | None, checkpointing: str) -> MicroBatch:
+    """The fastest that `memory` bytes of a GPU hold, as far as known beforehand; None for a CPU. `checkpointing`: auto,
+    or a policy. Where nothing fits, what holds least."""
+    layers = recipe.config.num_hidden_layers
+    if memory is None:
+        policy = "none" if checkpointing == "auto" else checkpointing
+        return MicroBatch(max(CPU_TOKENS, longest), policy, layers if policy in ("full", "offload") else 0)
+    found = list(_fitting(recipe, longest, memory, checkpointing))
+    if found:
+        return min(found, key=lambda micro: seconds_per_token(recipe, micro))
+    policy = "full" if checkpointing == "auto" else checkpointing
+    return MicroBatch(longest, policy, layers if policy in ("full", "offload") else 0)
+
+
+def _fitting(recipe: Recipe, longest: int, memory: float, checkpointing: str) -> Iterator[MicroBatch]:
+    """Of each way to keep, the largest micro-batch, up to GPU_TOKENS or the longest row."""
+    layers = recipe.config.num_hidden_layers
+    ways = [("none", 0), ("selective", 0), *(("full", blocks) for blocks in range(1, layers + 1)), ("offload", layers)]
+    for policy, blocks in ways:
+        if checkpointing == "auto" or (policy == checkpointing and blocks in (0, layers)):
+            room = recipe.room(memory, policy, blocks)
+            if room >= longest:
+                yield MicroBatch(max(longest, min(GPU_TOKENS, room)), policy, blocks)
+
+
+def _copy_rate(device: torch.device) -> float:
+    """Bytes/s, read and written, of a large copy."""
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    target.copy_(source)
+    start.record()
+    for _ in range(10):
+        target.copy_(source)
+    end.record()
+    end.synchronize()
+    return 10 * 2 * source.numel() / (float(start.elapsed_time(end)) / 1e3)

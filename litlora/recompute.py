@@ -1,0 +1,132 @@
+"""What blocks keep for the backward pass, and where: everything, all but what is cheap to work out again, only their
+inputs, or those in the host's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from litlora.ops import Masks
+
+POLICIES = ("none", "selective", "full", "offload")  # each keeps less on the card than the one before it
+
+
+@dataclass(frozen=True)
+class Kept:
+    """`none`: everything is kept. `selective`: all but norms and SwiGLU. `full`: of the first `blocks` only the input,
+    of the others as `selective`. `offload`: as `full`, but the inputs wait in the host's memory."""
+
+    policy: str = "none"
+    blocks: int = 0
+
+    def runner(self, masks: Masks | None) -> Runner:
+        return Runner(self, masks)
+
+
+class Runner:
+    """The blocks of one forward pass, in turn. `masks` of the fused operations, which do most of this themselves."""
+
+    def __init__(self, kept: Kept, masks: Masks | None) -> None:
+        self.kept, self.masks, self.number = kept, masks, 0
+        self.last: _Held | None = None
+
+    def __call__(self, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+        self.number += 1
+        if self.number <= self.kept.blocks:
+            return self._recomputed(block, x, *rest)
+        if self.kept.policy == "none":
+            return block(x, *rest)  # type: ignore[no-any-return]
+        if self.masks is None:  # dropout draws from torch's generators, whose state is kept for the second time
+            return checkpoint(block, x, *rest, use_reentrant=False, context_fn=_without_products)  # type: ignore[no-any-return]
+        return block(x, *rest, keep="lean")  # type: ignore[no-any-return]
+
+    def _recomputed(self, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
+        held = self.last = _Held(x, self.last)
+        masks, options = self.masks, {}
+        if masks is not None:
+            options = {"keep": "input"}
+            again: Callable[[], Any] = lambda: (nullcontext(), masks.recompute())  # noqa: E731
+        else:
+            again = lambda: (nullcontext(), nullcontext())  # noqa: E731
+        y: Tensor = checkpoint(
+            lambda held, *rest: block(held.get(), *rest, **options), held, *rest,
+            use_reentrant=False, preserve_rng_state=masks is None, context_fn=again,
+        )  # fmt: skip
+        if self.kept.policy == "offload" and x.is_cuda:
+            held.leave()
+        return y
+
+
+class _Held:
+    """A block's input between its two forward passes: on the card, or pinned in the host's memory, from where it is
+    fetched while the block after it goes through its backward pass."""
+
+    def __init__(self, x: Tensor, before: _Held | None) -> None:
+        self.x: Tensor | None = x
+        self.before = before
+        self.needs_gradient = x.requires_grad
+        self.host: Tensor | None = None
+        self.ready: torch.cuda.Event | None = None
+
+    def get(self) -> Tensor:
+        if self.host is None:
+            assert self.x is not None
+            return self.x
+        if self.x is None:
+            self.fetch()
+        x, self.x = self.x, None
+        assert x is not None
+        assert self.ready is not None
+        here = torch.cuda.current_stream(x.device)
+        here.wait_event(self.ready)
+        x.record_stream(here)
+        if self.before is not None:
+            self.before.fetch()
+        return x.requires_grad_(self.needs_gradient)
+
+    def leave(self) -> None:
+        x, self.x = self.x, None
+        assert x is not None
+        stream = _copies(x.device)
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.no_grad(), torch.cuda.stream(stream):
+            self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self.host.copy_(x, non_blocking=True)
+        x.record_stream(stream)
+        self.device = x.device
+
+    def fetch(self) -> None:
+        """Begins the way back."""
+        assert self.host is not None
+        stream = _copies(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.no_grad(), torch.cuda.stream(stream):
+            self.x = self.host.to(self.device, non_blocking=True)
+            self.ready = stream.record_event()
+
+
+_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _copies(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which inputs leave and come back."""
+    if device not in _streams:
+        _streams[device] = torch.cuda.Stream(device)
+    return _streams[device]
+
+
+def _without_products() -> Any:
+    """Products and attention keep what they gave; the rest is worked out again."""
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = str(operation)
+        kept = "mm" in name or "attention" in name
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
