@@ -78,6 +78,7 @@ class Run:
             DTYPES[setting.lora_dtype], setting.optimizer,
         )  # fmt: skip
         longest, memory = int(self.data.lengths.max()), usable_memory(self.device)
+        memory = setting.card_gb * 1e9 if setting.card_gb and memory else memory
         micro = choose_micro_batch(recipe, longest, memory, setting.checkpointing)
         micro = replace(micro, tokens=setting.length or micro.tokens)
         self.row["predicted_peak_gb"] = recipe.footprint(micro).peak / 1e9

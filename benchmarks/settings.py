@@ -33,7 +33,8 @@ class Setting:
     name: str
     quantize: str | None
     lora: LoRA
-    checkpointing: str = "none"  # auto | none | full
+    checkpointing: str = "none"  # as --activation_checkpointing
+    card_gb: float | None = None  # of memory that auto may plan with; None: what is there
     model: str = "llama2-7b"
     length: int | None = None  # tokens of every row, one row a micro-batch; None: Alpaca's lengths, packed
     batch_size: int = 128  # rows an optimizer step
@@ -61,6 +62,11 @@ SETTINGS = {
         Setting("fp8-qv", "fp8", QV, steps=20, goal_minutes=3.7),
         Setting("bf16-all-full", None, ALL, "full", goal_speed=14_500, goal_gb=18.0),
         Setting("nf4dq-all-full", "bnb.nf4-dq", ALL, "full"),
+        Setting("bf16-all-selective", None, ALL, "selective"),
+        Setting("bf16-all-offload", None, ALL, "offload"),
+        Setting("bf16-all-18gb", None, ALL, "auto", card_gb=18.0, goal_speed=14_500, goal_gb=18.0),
+        Setting("bf16-all-24gb", None, ALL, "auto", card_gb=24 * 0.95 - 0.6),
+        Setting("nf4dq-all-16gb", "bnb.nf4-dq", ALL, "auto", card_gb=16 * 0.95 - 0.6),
         Setting("bf16-qv-1304", None, QV, "full", length=1304, batch_size=16, steps=6, warmup=2, goal_gb=14.2),
         Setting(
             "nf4dq-qv-1304", "bnb.nf4-dq", QV, "full", length=1304, batch_size=16, steps=6, warmup=2,
