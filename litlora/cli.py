@@ -209,7 +209,7 @@ def parse(name: str, module: Any, arguments: list[str]) -> tuple[Any, frozenset[
             raise InputError("a flag without a value", where=f"--{field}", got="null", fix="take it out of the config")
         if any("\0" in str(part) for part in (value if isinstance(value, tuple) else [value])):
             raise InputError("a NUL byte in a flag's value", where=f"--{field}", got=repr(str(value))[:100])
-    keys = frozenset(key for key in fields if getattr(given, key, None) is not None)
+    keys = frozenset(key for key in fields if key in given)  # null, too
     return module.Args(**values), keys
 
 

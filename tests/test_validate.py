@@ -54,7 +54,7 @@ def trained(out: Path, **flags: Any) -> float:
 
 
 def validate(capsys: Capture, **flags: Any) -> float:
-    """The data flags come from the run, where there is an adapter."""
+    """Data flags, quantization and precision come from the run, where there is an adapter."""
     capsys.readouterr()
     assert call(["validate", *words({"checkpoint_dir": TINY, "accelerator": "cpu", **flags})]) == 0
     return float(json.loads(capsys.readouterr().out)["val_loss"])
@@ -74,9 +74,8 @@ def fresh_process(command: str, **flags: Any) -> str:
     [("32-true", None), ("32-true", "bnb.nf4"), ("bf16-true", None), ("bf16-true", "bnb.nf4"), ("bf16-mixed", None)],
 )
 def test_a_fresh_process_measures_what_training_measured(precision: str, quantize: str | None, tmp_path: Path) -> None:
-    formats = {"precision": precision, "quantize": quantize}
-    inside = trained(tmp_path / "run", **formats)
-    line = {"checkpoint_dir": TINY, "lora_path": tmp_path / "run" / "last", "accelerator": "cpu", **formats}
+    inside = trained(tmp_path / "run", precision=precision, quantize=quantize)
+    line = {"checkpoint_dir": TINY, "lora_path": tmp_path / "run" / "last", "accelerator": "cpu"}
     outside = json.loads(fresh_process("validate", **line))["val_loss"]
     assert outside == pytest.approx(inside, rel=0, abs=1e-5)
 
@@ -153,7 +152,7 @@ def test_the_variants_are_what_the_commands_give_one_by_one(
     """The adapter over the unquantized base; and both kinds of merged model, written and opened again."""
     data = {key: RUN[key] for key in DATA_FLAGS}
     measured = {name: validate(capsys, checkpoint_dir=path, **data) for name, path in merged.items()}
-    measured["adapter on bf16"] = validate(capsys, lora_path=qlora.out)
+    measured["adapter on bf16"] = validate(capsys, lora_path=qlora.out, quantize="null")
     for name, loss in measured.items():
         assert loss == pytest.approx(qlora.losses[name], rel=0, abs=1e-5), name
 

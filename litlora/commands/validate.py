@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +13,20 @@ from litlora.commands.data_flags import DataArgs
 from litlora.commands.models import ModelArgs, OpenModel, explained_memory, open_model
 from litlora.commands.rounding import compare, perplexity, table, trained_record, write
 from litlora.commands.run_settings import as_in_the_run
+from litlora.config import ModelConfig
 from litlora.data import load_rows
 from litlora.errors import InputError
 from litlora.metrics import say
 from litlora.model import CausalLoss, Decoder, validation_loss
 from litlora.ops import fastest
 from litlora.packing import Batch
-from litlora.peft_format import Record
+from litlora.peft_format import Adapter, Record
 
 
 @dataclass(frozen=True)
 class Args(DataArgs):
     """Measure the validation loss of a base, base + adapter, or merged model; prints JSON. With one adapter of
-    litlora's, data flags that are not given are those of its run.
+    litlora's, data flags, quantization and precision that are not given are those of its run.
 
     Args:
         checkpoint_dir: the model's Hugging Face directory: a base or a merged model
@@ -36,9 +37,9 @@ class Args(DataArgs):
         data_path: the training data, of which the held-out rows are taken, with the run's --val_split and --seed
         val_path: a file that is validated on whole, instead
         prompt_style: what the adapter (or the merged model) was trained with, else alpaca
-        quantize: the format of the frozen weights; --rounding takes the run's
+        quantize: the format of the frozen weights; of a run's adapter, without it, the run's, with null none
         quantize_head: also quantize lm_head
-        precision: of weights and products; bf16-true on a GPU that has it, else 32-true; --rounding takes the run's
+        precision: of weights and products; without it a run's, else bf16-true on a GPU that has it, else 32-true
         accelerator: auto takes the GPU where there is one
         micro_batch_tokens: tokens that go through the model at once; only 16-bit rounding depends on it, and without
             it is that of training
@@ -59,8 +60,9 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     `given`: the flags that were set by hand. Raises InputError."""
     record = trained_record(args.checkpoint_dir, args.lora_path) if args.rounding else None
     check(args, record, given)
-    args = as_in_the_run(args, args.lora_path[0], given) if len(args.lora_path) == 1 else args
-    model = open_model(model_args(args, record), otherwise="alpaca")
+    if len(args.lora_path) == 1:
+        args = as_in_the_run(as_trained(args, given), args.lora_path[0], given)
+    model = open_model(model_args(args), otherwise="alpaca")
     path = args.val_path or args.data_path
     rows = load_rows(args.data, path, args.multiturn)
     rows = rows if args.val_path else held_out(rows, args)
@@ -95,16 +97,29 @@ def check(args: Args, record: Record | None, given: frozenset[str]) -> None:
             raise InputError("--rounding measures the adapter as it was trained", got=", ".join(wrong), fix=fix)
 
 
-def model_args(args: Args, record: Record | None) -> ModelArgs:
-    """`record`: of the run whose formats are taken."""
-    formats = record or args
+def as_trained(args: Args, given: frozenset[str]) -> Args:
+    """`args` with the weights and products of the run that made the one adapter, where they were not `given` by hand;
+    says so. Raises InputError."""
+    (directory,) = args.lora_path
+    record = Adapter.open(directory, ModelConfig.load(args.checkpoint_dir)).record
+    if record is None:
+        return args
+    trained = {"quantize": record.quantize, "quantize_head": record.quantize_head, "precision": record.precision}
+    taken = {name: value for name, value in trained.items() if name not in given}
+    if taken:
+        words = [f"--{name} {value}".replace(" True", " true") for name, value in taken.items() if value]
+        say(f"as {directory} was trained: {' '.join(words) or 'not quantized'}")
+    return replace(args, **taken)
+
+
+def model_args(args: Args) -> ModelArgs:
     return ModelArgs(
         checkpoint_dir=args.checkpoint_dir,
         lora_path=args.lora_path,
         weights=args.weights,
-        quantize=formats.quantize,
-        quantize_head=formats.quantize_head,
-        precision=args.precision or formats.precision,
+        quantize=args.quantize,
+        quantize_head=args.quantize_head,
+        precision=args.precision,
         accelerator=args.accelerator,
         prompt_style=args.prompt_style,
     )
