@@ -41,7 +41,7 @@ def draw(runs: Sequence[Run]) -> list[Plot] | None:
     except ImportError:
         return None
     kinds: list[tuple[str, str, Callable[[Figure, Sequence[Run]], bool]]] = [
-        ("loss", "Training loss (smoothed, the steps behind it) and validation loss, a trained token", _loss),
+        ("loss", "Training loss (smoothed; pale behind it, every step) and validation loss, per trained token", _loss),
         ("learning_rate", "Learning rate", _learning_rate),
         ("delta", "Change of the weights, ‖ΔW‖ / ‖W‖, mean over the layers", _deltas),
     ]
@@ -112,7 +112,7 @@ def _loss(figure: Figure, runs: Sequence[Run]) -> bool:
             _line(grid[1], steps, losses, **style, linewidth=1.4, marker="o", markersize=3.5)
     for axes, label in zip(grid, ("training loss", "validation loss"), strict=False):
         axes.set_title(label, fontsize=10)
-        axes.set_xlabel("optimizer step")
+        _steps(axes)
     return drawn
 
 
@@ -124,7 +124,7 @@ def _learning_rate(figure: Figure, runs: Sequence[Run]) -> bool:
         if len(steps):
             drawn = True
             _line(axes, steps, rates, **_style(place), linewidth=1.6, marker="." if len(steps) < 3 else "")
-    axes.set_xlabel("optimizer step")
+    _steps(axes)
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
     return drawn
@@ -151,10 +151,18 @@ def _deltas(figure: Figure, runs: Sequence[Run]) -> bool:
     for place, axes in enumerate(grid):
         axes.set_visible(place < len(targets))
         if place + columns >= len(targets):
-            axes.set_xlabel("optimizer step")
+            _steps(axes)
             axes.tick_params(labelbottom=True)
     figure.supylabel("‖ΔW‖ / ‖W‖ in %", fontsize=10)
     return True
+
+
+def _steps(axes: Axes) -> None:
+    """The axis below: there are no half steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def _line(axes: Axes, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], **style: Any) -> None:
