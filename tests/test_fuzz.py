@@ -132,6 +132,7 @@ CASES: list[Case] = [
     ("tokenizer.json", edited(decoder=STRIP), "cannot be read"),
     ("Meta's tokenizer.model", lambda content: content.replace(b"<s>", b"<\xd8>", 1), "cannot be read"),
     ("Llama 3's tokenizer.model", added(b"YWFh" * 5000 + b" 260\n"), "up to 256 bytes"),
+    ("FILE.part of generate --out_file", added(b'{"number": 2, "line": "\\ud800"}\n'), "not the unfinished"),
     # configs
     *((CONFIG, whole(text), "not flat|not valid") for text in YAML[:6]),
     (CONFIG, whole("prompt_style: !!python/name:os.system"), "tag"),

@@ -60,6 +60,7 @@ class AnswersFile:
             found = [json.loads(line) for line in lines[1:]]
             self.done = {answer["number"]: answer["line"] for answer in found}
             sound = isinstance(was, dict) and all(type(n) is int and isinstance(t, str) for n, t in self.done.items())
+            "".join(self.done.values()).encode()  # a lone surrogate is no text: it could not be written at the end
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
             sound = False
         if not sound:

@@ -95,6 +95,8 @@ def _data(desk: Path) -> None:
     cells = [f'"{row["instruction"]}",{row["input"]},"{row["output"]}"' for row in rows]
     (desk / "rows.csv").write_text("\n".join(["instruction,input,output", *cells]))
     (desk / "prompts.txt").write_text("Hello\n\nWhat is 1 + 1?\n")
+    lines = [{"asked": {"seed": 1, "prompts": ["a", "b", "c"]}}, {"number": 1, "line": "b"}, {"number": 0, "line": "a"}]
+    (desk / "answers.jsonl.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (desk / "style.jinja").write_text("Q: {{ instruction }}\n{% if input %}{{ input }}\n{% endif %}A: ")
     (desk / "texts").mkdir()
     (desk / "texts" / "a.txt").write_text("Once upon a time.\n\nThe end.\n")

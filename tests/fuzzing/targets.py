@@ -213,6 +213,18 @@ def _offline(desk: Path) -> None:
     download._accept_offline(download.Args("a/b", desk / "json"), desk / "json", Unreachable("the hub"))
 
 
+def _answers(desk: Path) -> None:
+    """The unfinished answers of `generate --out_file`, gone on from; the file is put back behind it."""
+    from litlora.commands.answers_file import AnswersFile
+
+    out = desk / "out" / "answers.jsonl"
+    out.parent.mkdir()
+    (out.parent / "answers.jsonl.part").write_bytes((desk / "answers.jsonl.part").read_bytes())
+    answers = AnswersFile(out, {"seed": 1, "prompts": ["a", "b", "c"]}, 3, overwrite=False)
+    answers.add(2, "c")
+    answers.close()
+
+
 def _style(desk: Path) -> None:
     from litlora.data import PromptStyle, load_rows, prepare
     from litlora.tokenizer import Tokenizer
@@ -486,6 +498,7 @@ TARGETS: Mapping[str, Target] = {
     "rows.csv, large": Target("rows.csv", _many, (_only_rows("alpaca", "rows.csv"),), links=False, share=0.05),
     "texts/*.txt": Target("texts/a.txt", damage_bytes, (_rows("text", "texts"),)),
     "prompts.txt": Target("prompts.txt", damage_bytes, (_prompts("prompts.txt"),), links=False),
+    "FILE.part of generate --out_file": Target("answers.jsonl.part", _LINED, (_answers,), links=False),
     "--config FILE.yaml": Target("run.yaml", _YAML, (_config,), links=False),
     ".litlora-download.json": Target("json/.litlora-download.json", _JSON, (_kept, _offline)),
     "the cache of tokenized rows": Target("cached/rows.npz", damage_bytes, (_cached_rows,), links=False),
