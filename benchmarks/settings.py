@@ -34,12 +34,12 @@ class Setting:
     quantize: str | None
     lora: LoRA
     checkpointing: str = "none"  # as --activation_checkpointing
-    card_gb: float | None = None  # of memory that auto may plan with; None: what is there
     model: str = "llama2-7b"
     length: int | None = None  # tokens of every row, one row a micro-batch; None: Alpaca's lengths, packed
     batch_size: int = 128  # rows an optimizer step
     optimizer: str = "adamw"
     lora_dtype: str = "float32"
+    card_gb: float | None = None  # of memory that auto may plan with; None: what is there
     steps: int = 10  # timed
     warmup: int = 3
     goal_speed: float | None = None  # tokens/s at least

@@ -109,29 +109,35 @@ class Group:
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """dz (N, ΣR), and the gradients of A and B of each linear in turn, fp32. x and z are None where none is
         adapted."""
-        dz = self.dz(dys)
-        return dz, self.factor_gradients(x, z, dz, dys)
+        dz, found = self.low_gradients(z, dys)
+        self.add_tops(found, x, dz)
+        return dz, found
+
+    def low_gradients(self, z: Tensor | None, dys: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor | None]]:
+        """dz, and of the factors' gradients those of each B."""
+        found: list[Tensor | None] = [None] * (2 * len(self.parts))
+        if z is None:
+            return None, found
+        dz = torch.empty_like(z)
+        for (index, p), part, low, b in zip(self.adapted, self._split(dz), self._split(z), self.b, strict=True):
+            if b.shape[1] <= kernels.LARGEST_RANK:
+                found[2 * index + 1] = kernels.low_rank_gradients(dys[index], low, b, part) * p.scale
+            else:
+                torch.mm(dys[index], b, out=part)
+                found[2 * index + 1] = fp32_mm(dys[index].t(), low) * p.scale
+        return dz, found
+
+    def add_tops(self, found: list[Tensor | None], x: Tensor | None, dz: Tensor | None) -> None:
+        """The gradient of each A."""
+        if x is not None and dz is not None:
+            for (index, _), gradient in zip(self.adapted, self._top_gradients(dz, x), strict=True):
+                found[2 * index] = gradient
 
     def dz(self, dys: Sequence[Tensor]) -> Tensor | None:
-        """(N, ΣR)"""
+        """By itself, where z is not known yet."""
         if not self.adapted:
             return None
-        dz = torch.empty(len(dys[0]), sum(self.ranks), dtype=dys[0].dtype, device=dys[0].device)
-        for (index, _), part, b in zip(self.adapted, self._split(dz), self.b, strict=True):
-            torch.mm(dys[index], b, out=part)
-        return dz
-
-    def factor_gradients(
-        self, x: Tensor | None, z: Tensor | None, dz: Tensor | None, dys: Sequence[Tensor]
-    ) -> list[Tensor | None]:
-        found: list[Tensor | None] = [None] * (2 * len(self.parts))
-        if x is None or z is None or dz is None:
-            return found
-        for (index, p), low in zip(self.adapted, self._split(z), strict=True):
-            found[2 * index + 1] = fp32_mm(dys[index].t(), low) * p.scale
-        for (index, _), gradient in zip(self.adapted, self._top_gradients(dz, x), strict=True):
-            found[2 * index] = gradient
-        return found
+        return torch.cat([dys[index] @ b for (index, _), b in zip(self.adapted, self.b, strict=True)], dim=1)
 
     def dx(self, dz: Tensor | None, dys: Sequence[Tensor]) -> Tensor:
         """The gradient (N, I) of x; that of the frozen weights only where `dz` is None."""
@@ -385,15 +391,17 @@ class _SwiGLU:
         """The factors' gradients; that of x into `out`, where it is wanted. What `inside` does not hold is worked out
         again."""
         dy = past.contiguous().to(inside.gate.dtype)
-        dz_outer, hidden, again = outer.dz([dy]), inside.hidden, None
+        hidden, z_outer, again = inside.hidden, inside.z_outer, None
+        dz_outer, last = outer.low_gradients(z_outer, [dy]) if z_outer is not None else (outer.dz([dy]), [])
         if hidden is None and dz_outer is not None:
             hidden = again = torch.empty_like(inside.gate)
         low = outer.low_dx(dz_outer)
         d_hidden = outer.dx(dz_outer if low is None else None, [dy])
         low_gate, low_up = inner.lows(inside.z) or (None, None)
         dys = kernels.swiglu_backward(d_hidden, inside.gate, inside.up, low_gate, low_up, low, again)
-        z_outer = outer.down(hidden) if inside.z_outer is None and hidden is not None else inside.z_outer
-        last = outer.factor_gradients(hidden, z_outer, dz_outer, [dy])
+        if z_outer is None:
+            _, last = outer.low_gradients(None if hidden is None else outer.down(hidden), [dy])
+        outer.add_tops(last, hidden, dz_outer)
         y = self.norm.of(x)[0] if inside.y is None and inside.z is not None else inside.y
         dz, gradients = inner.gradients(y, inside.z, dys)
         if out is not None:

@@ -316,6 +316,53 @@ def low_rank_add(z: Tensor, b: Tensor, base: Tensor, out: Tensor | None = None, 
     return y
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _low_rank_gradients(
+    dy, z, b, dz, db, rows, size, rank, z_stride, share,
+    tile: tl.constexpr, block: tl.constexpr, r: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * tile + tl.arange(0, tile)
+    start, inner = tl.program_id(1) * share, tl.arange(0, r)
+    here, deep = (row < rows)[:, None], (inner < rank)[None, :]
+    low = tl.load(z + row[:, None] * z_stride + inner[None, :], mask=here & deep, other=0.0)
+    total = tl.zeros((tile, r), tl.float32)
+    db += tl.program_id(0).to(tl.int64) * size * rank
+    for first in range(start, min(start + share, size), block):
+        column = first + tl.arange(0, block)
+        across = (column < size)[:, None]
+        value = tl.load(
+            dy + row[:, None].to(tl.int64) * size + column[None, :], mask=here & (column < size)[None, :], other=0.0
+        )
+        right = tl.load(b + column[:, None] * rank + inner[None, :], mask=across & deep, other=0.0)
+        total = tl.dot(value, right, total, input_precision="ieee")
+        part = tl.dot(tl.trans(value), low, input_precision="ieee")
+        tl.store(db + column[:, None] * rank + inner[None, :], part, mask=across & deep)
+    place = (tl.program_id(1) * rows + row[:, None]) * rank + inner[None, :]
+    tl.store(dz + place, total, mask=here & deep)
+
+
+def low_rank_gradients(dy: Tensor, z: Tensor, b: Tensor, dz: Tensor) -> Tensor:
+    """dy (N, O), z (N, R) whose rows may be strided, b (O, R) -> dyᵀ z (O, R) fp32; dy b goes into dz (N, R), which may
+    be strided. Both from one reading of dy, summed in pieces, always in the same order."""
+    (rows, size), rank = dy.shape, b.shape[1]
+    wide = dy.dtype != torch.float32
+    tile, block, r = 256 if wide else 64, 64, max(16, _power(rank))
+    tiles = triton.cdiv(rows, tile)
+    share = triton.cdiv(triton.cdiv(size, triton.cdiv(GRADIENT_PROGRAMS, tiles)), block) * block
+    splits = triton.cdiv(size, share)
+    dz_parts = torch.empty(splits, rows, rank, dtype=torch.float32, device=dy.device)
+    db_parts = torch.empty(tiles, size, rank, dtype=torch.float32, device=dy.device)
+    _low_rank_gradients[(tiles, splits)](
+        dy, z, b, dz_parts, db_parts, rows, size, rank, z.stride(0), share,
+        tile=tile, block=block, r=r, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    torch.sum(dz_parts, 0, dtype=dz.dtype, out=dz) if dz.is_contiguous() else dz.copy_(dz_parts.sum(0))
+    return db_parts.sum(0)
+
+
+GRADIENT_PROGRAMS = 264  # two for each multiprocessor of an H100
+
+
 # ---------------------------------------------------------------- dropout before the low rank
 
 SEEDS = 2**30  # that `_kept` takes, with room for the keys below 2**31
