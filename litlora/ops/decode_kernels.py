@@ -191,8 +191,8 @@ def _order(place, permuted: tl.constexpr):
     """Where element `place` lies; eight of them in ORDER where the reader is a 4-bit linear."""
     if permuted:
         return place - place % 8 + tl.where(place % 2 == 1, place % 8 // 2, 4 + place % 8 // 2)
-    # behind a `return` in a branch taken at compile time, the rest would be compiled, too
-    return place
+    else:  # behind a `return` in a branch taken at compile time, the rest would be compiled, too
+        return place
 
 
 @triton.jit
