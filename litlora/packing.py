@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +34,15 @@ class Batch:
     @property
     def trained_tokens(self) -> int:
         return len(self.kept)
+
+    def single_rows(self) -> Iterator[Batch]:
+        """Each sequence as a batch of its own."""
+        bounds = self.cu_seqlens.tolist()
+        for row, begin, end in zip(self.rows, bounds, bounds[1:], strict=False):  # a padded batch has more bounds
+            ids, labels, positions = (part[begin:end] for part in (self.input_ids, self.labels, self.positions))
+            kept = (labels != IGNORED).nonzero().squeeze(1)
+            alone = torch.tensor([0, end - begin], dtype=torch.int32)
+            yield Batch(ids, labels, kept, positions, alone, end - begin, (row,))
 
     def pinned(self) -> Batch:
         """In memory that a GPU copies from while the host goes on."""

@@ -21,7 +21,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
-from litlora.graphs import MicroStep, fastest_micro_step
+from litlora.graphs import Eager, MicroStep, fastest_micro_step
 from litlora.packing import Batch
 from litlora.precision import RunPrecision
 
@@ -64,7 +64,7 @@ class Step:
     tokens: int  # all that went through the model
     trained_tokens: int
     seconds: float
-    bad_rows: tuple[int, ...] = ()  # examples of the micro-batches that gave no finite number: the step was not applied
+    bad_rows: tuple[int, ...] = ()  # the examples that gave no finite number: the step was not applied
 
 
 def train(
@@ -168,7 +168,7 @@ def _optimizer_step(
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         optimizer.step()
     else:
-        bad_rows = _bad_rows(fabric.device, optimizer, micro_step, work, losses)
+        bad_rows = _bad_rows(fabric, model, optimizer, work, losses)
     optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
     return mean, size, bad_rows
 
@@ -180,25 +180,29 @@ def _grad_norm(optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def _bad_rows(
-    device: torch.device,
+    fabric: Fabric,
+    model: Any,
     optimizer: torch.optim.Optimizer,
-    micro_step: MicroStep,
     work: _Work,
     losses: Sequence[Tensor],
 ) -> tuple[int, ...]:
-    """The rows of the micro-batches whose loss is not finite; else of those whose gradient by itself is not; else all.
+    """The rows that by themselves give no finite loss or gradient, of the micro-batches whose loss is not finite, else
+    of all; where there is none, all rows of these micro-batches.
 
-    Looks once more only after a bad step, with the random generators put back as they were.
+    Looks once more, row by row, only after a bad step, with the random generators put back as they were.
     """
     bad = [batch for batch, loss in zip(work.micro_batches, losses, strict=True) if not math.isfinite(loss.item())]
-    if not bad and len(work.micro_batches) > 1:
-        with undisturbed(device):
-            for batch in work.micro_batches:
-                optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
-                micro_step(batch, work.trained)
-                if not math.isfinite(_grad_norm(optimizer).item()):
-                    bad.append(batch)
-    return tuple(sorted(row for batch in bad or work.micro_batches for row in batch.rows))
+    bad = bad or list(work.micro_batches)
+    once = Eager(fabric, model)
+
+    def fails(row: Batch) -> bool:
+        optimizer.zero_grad(set_to_none=False)
+        loss = once(row, work.trained)
+        return not (math.isfinite(loss.item()) and math.isfinite(_grad_norm(optimizer).item()))
+
+    with undisturbed(fabric.device):
+        rows = [row for batch in bad for row in batch.single_rows() if row.trained_tokens and fails(row)]
+    return tuple(sorted(row for batch in rows or bad for row in batch.rows))
 
 
 def undisturbed(device: torch.device) -> AbstractContextManager[None]:

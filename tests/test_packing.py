@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litlora.data import Counts, Dataset
-from litlora.packing import IGNORED, collate, micro_batches, step_plan
+from litlora.packing import IGNORED, collate, micro_batches, pad, step_plan
 
 
 def make(lengths: list[int], seed: int = 0) -> Dataset:
@@ -62,6 +62,13 @@ def test_each_sequence_is_as_if_alone(dataset: Dataset, random) -> None:
         ids, trained = dataset.ids(index), dataset.trained(index)
         wanted = [int(ids[i + 1]) if trained[i + 1] else IGNORED for i in range(len(ids) - 1)]
         assert alone.labels.tolist() == [*wanted, IGNORED]
+    padded = pad(batch, len(batch.input_ids) + 7, len(batch.kept) + 2, len(order) + 3)
+    for rows in (batch.single_rows(), padded.single_rows()):
+        for index, row in zip(order, rows, strict=True):
+            alone = collate(dataset, [index])
+            assert (row.rows, row.max_seqlen) == (alone.rows, alone.max_seqlen)
+            for name in ("input_ids", "labels", "kept", "positions", "cu_seqlens"):
+                assert torch.equal(getattr(row, name), getattr(alone, name)), name
 
 
 @given(datasets, st.integers(1, 120))

@@ -384,9 +384,9 @@ def test_a_full_disk_during_a_save_leaves_the_last_good_checkpoint_and_the_run_g
 
     save = finetune_training.Training.save
 
-    def watched(training: finetune_training.Training) -> None:
+    def watched(training: finetune_training.Training, *, final: bool = False) -> None:
         full[0] = training.totals.step == 6
-        save(training)
+        save(training, final=final)
         full[0] = False
         if training.totals.step == 6:
             assert checkpoints(tmp_path / "run") == ["step-00000003"]  # whole, and nothing half beside it
@@ -397,7 +397,7 @@ def test_a_full_disk_during_a_save_leaves_the_last_good_checkpoint_and_the_run_g
     capsys.readouterr()
     assert finetune(tmp_path / "run") == 0
     said = capsys.readouterr().err
-    assert "the run of step 6 could not be saved\n  got:    No space left on device" in said
+    assert "the checkpoint of step 6 could not be saved\n  got:    No space left on device" in said
     assert "kept:   " + str(tmp_path / "run" / "checkpoints" / "step-00000003") in said
     assert checkpoints(tmp_path / "run") == ["step-00000003", "step-00000008"]
     assert not differences_but_checkpoints(tmp_path / "whole", tmp_path / "run")
@@ -417,6 +417,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_failure(
         patch.setattr(os, "replace", no_space)
         assert finetune(tmp_path / "run") == 1
     said = capsys.readouterr().err
+    assert said.count("the run goes on") == 0  # after its last step it does not
     assert "the end of the run, step 8, could not be saved" in said
     assert "--resume auto" in said
     assert checkpoints(tmp_path / "run") == ["step-00000003", "step-00000006"]
@@ -483,7 +484,7 @@ def test_a_directory_that_turns_read_only(tmp_path: Path, at_step: Any, capsys: 
     finally:
         unlock()
     said = capsys.readouterr().err
-    assert "the run of step 6 could not be saved" in said
+    assert "the checkpoint of step 6 could not be saved" in said
     assert "Permission denied" in said or "not writable" in said
     assert checkpoints(out) == ["step-00000003", "step-00000008"]
     assert steps_of(out) == list(range(1, 9))
@@ -593,12 +594,12 @@ NAN = float("nan")
 def test_a_step_without_a_number_is_not_applied_and_its_rows_are_named(
     factor: float, slope: float, tmp_path: Path, poison: Any, at_step: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without shuffling, example 8 is in step 2, the second of its three micro-batches: examples 8 and 9."""
+    """Without shuffling, example 8 is in step 2, the second of its three micro-batches, with example 9."""
     poison(lambda rows: 8 in rows, factor, slope)
     flags: dict[str, object] = {"shuffle": "false", "val_split": 0}
     assert finetune(tmp_path / "run", **flags) == 0
     said = capsys.readouterr().err
-    assert "the step was not taken\n  where:  step 2, rows [9, 10]\n  count:  1 in a row, 5 end the run" in said
+    assert "the step was not taken\n  where:  step 2, rows [9]\n  count:  1 in a row, 5 end the run" in said
     rows = kill.rows(tmp_path / "run")
     assert len(rows) == STEPS
     assert all(float(row[2]) < 100 and float(row[5]) < 1e6 for row in rows if row[0] != "2")
@@ -628,7 +629,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_adapter(
     assert finetune(tmp_path / "run", **flags) == 1
     said = capsys.readouterr().err
     assert "error: 2 steps in a row gave no finite loss or gradient" in said
-    assert f"the last good adapter is in {tmp_path / 'run' / 'last'}" in said
+    assert f"kept:   the last good adapter, in {tmp_path / 'run' / 'last'}" in said
     assert steps_of(tmp_path / "run") == [1, 2, 3, 4]
     for name in ("last", "."):
         weights = [(tmp_path / run / name / "adapter_model.safetensors").read_bytes() for run in ("good", "run")]

@@ -158,7 +158,7 @@ def fit(training: Training, stop: Stop) -> str | None:
                 break
             if totals.step % args.save_interval == 0:
                 training.save()
-        training.save()
+        training.save(final=True)
         training.require_saved()
         return None if training.ended else stop.reason
 

@@ -26,6 +26,7 @@ HARMLESS = frozenset(
 FIXED = frozenset(
     """lora_r lora_query lora_key lora_value lora_projection lora_mlp lora_head lora_dtype optimizer""".split()
 )
+RESTARTED = frozenset(["optimizer", "lora_dtype"])  # of these, an adapter to start from decides nothing
 LENGTH = frozenset(["epochs", "max_steps"])  # harmless where the learning rate does not depend on the number of steps
 DATA = frozenset("data multiturn prompt_style mask_prompt max_seq_length on_overlong val_split seed".split())
 AUTO = {"micro_batch_tokens": None, "activation_checkpointing": "auto"}  # then the checkpoint's choice holds
@@ -46,12 +47,13 @@ def plain(settings: Mapping[str, object]) -> dict[str, Any]:
 def check_resume(checkpoint: TrainingCheckpoint, now: Conditions, *, override: bool) -> None:
     """Says which flags differ. Raises InputError where the run would not be the same one."""
     was = checkpoint.conditions
-    anew = "a new run: another --out_dir, with --lora_path to start from this run's adapter"
+    new = "a new run: another --out_dir"
+    anew = f"{new}, with --lora_path to start from this run's adapter"
     changed = _changed(was.settings, now.settings)
     if was.base_fingerprint != now.base_fingerprint:
-        got, wanted = now.base_fingerprint[:12], f"{was.base_fingerprint[:12]}, {was.settings.get('checkpoint_dir')}"
+        got, wanted = (f"{side.settings.get('checkpoint_dir')} ({side.base_fingerprint[:12]})" for side in (now, was))
         raise InputError("the checkpoint was made on another base model", where=checkpoint.directory, got=got,
-                         wanted=wanted, fix=anew)  # fmt: skip
+                         wanted=wanted, fix=f"--checkpoint_dir with that one, or {new}")  # fmt: skip
     if was.data_fingerprint != now.data_fingerprint:
         got = _listed({name: pair for name, pair in changed.items() if name in DATA}) or "other rows, or another split"
         raise InputError("the data are not those of the checkpoint", where=checkpoint.directory, got=got, fix=anew)
@@ -66,10 +68,12 @@ def check_resume(checkpoint: TrainingCheckpoint, now: Conditions, *, override: b
             "flags that change the maths of the run that is resumed",
             where=checkpoint.directory,
             got=_listed(fixed or maths),
-            fix=anew
-            if fixed
-            else "leave them as they were, take them with --resume_override true, or start again: "
-            "--overwrite true without --resume",
+            fix="leave them as they were, "
+            + (
+                f"or {anew if fixed.keys() <= RESTARTED else new}"
+                if fixed
+                else "take them with --resume_override true, or start again: --overwrite true without --resume"
+            ),
         )
     noted = {name: pair for name, pair in changed.items() if name not in ("resume", "resume_override", "overwrite")}
     if noted:

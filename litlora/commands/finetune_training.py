@@ -70,11 +70,13 @@ class Training:
         answer = f"\n  {sample.prompt!r} -> {sample.answer!r}" if sample else ""
         self.progress.note(f"step {totals.step}: validation loss {loss:.4f}{answer}")
         if sample:
-            self.attempt("the sample answer", partial(add_sample, self.files.out_dir, sample))
+            write = partial(add_sample, self.files.out_dir, sample)
+            self.attempt("the sample answer", write, then="goes on without it")
         totals.val_loss = loss if math.isfinite(loss) else None
         totals.validations_without_gain += 1
         better = totals.best_val_loss is None or loss < totals.best_val_loss
-        if better and math.isfinite(loss) and self.attempt("the best adapter", partial(self.save_adapter, best=True)):
+        save, then = partial(self.save_adapter, best=True), "goes on, and keeps the next better one"
+        if better and math.isfinite(loss) and self.attempt("the best adapter", save, then=then):
             totals.best_val_loss, totals.best_step, totals.validations_without_gain = loss, totals.step, 0
         return loss
 
@@ -115,14 +117,18 @@ class Training:
         where = f"step {step.number}, rows {numbers[:100]}{'…' if len(numbers) > 100 else ''}"
         self.progress.warn(f"warning: {what}\n  where:  {where}\n  count:  {in_a_row} in a row, {limit} end the run")
         if in_a_row >= limit:
-            self.attempt("the last adapter", self.save_last)
+            args, kept = self.job.args, f"the last good adapter, in {self.files.last}"
+            if not self.attempt("the last adapter", self.save_last, then="ends"):
+                kept = str(self.files.newest_checkpoint or "nothing")
+            ways = ["a lower --learning_rate"]
+            ways += ["--max_norm 1.0"] if args.max_norm is None else []
+            ways += ["--precision 32-true"] if args.precision != "32-true" else []
             raise TrainingError(
                 f"{in_a_row} steps in a row gave no finite loss or gradient\n"
-                f"  where:  {where}; the last good adapter is in {self.files.last}\n"
-                "  fix:    a lower --learning_rate, --max_norm 1.0, or --precision bf16-true / 32-true"
+                f"  where:  {where}\n  kept:   {kept}\n  fix:    {', or '.join(ways)}"
             )
 
-    def save(self) -> None:
+    def save(self, *, final: bool = False) -> None:
         """The last adapter, and a checkpoint; once a step."""
         if self.saved_step == self.totals.step:
             return
@@ -139,7 +145,8 @@ class Training:
                 self.job.args.keep_last,
             )
 
-        if self.attempt("the run", write):
+        then = "ends" if final else "goes on, and tries again at its next save"
+        if self.attempt("the checkpoint", write, then=then):
             self.saved_step = self.totals.step
 
     def save_last(self) -> None:
@@ -154,8 +161,8 @@ class Training:
         record = replace(self.record, step=self.totals.step, val_loss=self.totals.val_loss)
         self.files.save_adapter(lora_modules(self.decoder), self.job.lora, record, self.job.save_dtype, best=best)
 
-    def attempt(self, what: str, write: Callable[[], None]) -> bool:
-        """Whether `write` went well; where the disk is full or gone that is said, and the run can go on."""
+    def attempt(self, what: str, write: Callable[[], None], *, then: str) -> bool:
+        """Whether `write` went well; where the disk is full or gone that is said, and what the run does then."""
         try:
             write()
         except (OSError, InputError) as error:
@@ -164,8 +171,7 @@ class Training:
                 reason = f"{error.strerror}: {error.filename or self.files.out_dir}"
             self.progress.warn(
                 f"warning: {what} of step {self.totals.step} could not be saved\n  got:    {reason}\n"
-                f"  kept:   {self.files.newest_checkpoint or 'no checkpoint yet'}\n"
-                "  next:   the run goes on, and tries again at its next save"
+                f"  kept:   {self.files.newest_checkpoint or 'no checkpoint yet'}\n  next:   the run {then}"
             )
             return False
         return True
@@ -176,7 +182,8 @@ class Training:
             raise TrainingError(
                 f"the end of the run, step {self.totals.step}, could not be saved\n"
                 f"  where:  {self.files.out_dir}\n"
-                f"  fix:    free some space, then {self.resume_command}"
+                f"  kept:   {self.files.newest_checkpoint or 'no checkpoint'}\n"
+                f"  fix:    free space, or make the directory writable, then {self.resume_command}"
             )
 
     @property

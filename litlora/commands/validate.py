@@ -104,7 +104,11 @@ def as_trained(args: Args, given: frozenset[str]) -> Args:
     record = Adapter.open(directory, ModelConfig.load(args.checkpoint_dir)).record
     if record is None:
         return args
-    trained = {"quantize": record.quantize, "quantize_head": record.quantize_head, "precision": record.precision}
+    trained: dict[str, Any] = {
+        "quantize": record.quantize,
+        "quantize_head": record.quantize_head,
+        "precision": record.precision,
+    }
     taken = {name: value for name, value in trained.items() if name not in given}
     if taken:
         words = [f"--{name} {value}".replace(" True", " true") for name, value in taken.items() if value]
