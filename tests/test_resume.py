@@ -149,11 +149,11 @@ def test_what_was_fitted_to_the_free_memory_is_kept(
     tmp_path: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free: dict[str, object] = {"micro_batch_size": "null"}
-    monkeypatch.setattr(finetune_lora, "choose_micro_batch", lambda *_: MicroBatch(90, True))
+    monkeypatch.setattr(finetune_lora, "choose_micro_batch", lambda *_: MicroBatch(90, "full", 3))
     assert finetune(tmp_path / "whole", **free) == 0
     at_step(5, die)
     assert finetune(tmp_path / "run", **free) == 130
-    monkeypatch.setattr(finetune_lora, "choose_micro_batch", lambda *_: MicroBatch(2000, False))
+    monkeypatch.setattr(finetune_lora, "choose_micro_batch", lambda *_: MicroBatch(2000))
     assert finetune(tmp_path / "run", **free) == 0
     assert not kill.differences(tmp_path / "whole", tmp_path / "run")
     found = settings(tmp_path / "run")
