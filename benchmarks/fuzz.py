@@ -45,6 +45,7 @@ ROOM = 4 << 30  # of address space beyond what a worker begins with: a larger al
 BATCH = 200
 FINE = ("well", "refused")
 STARTS = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect", "os.putenv")
+SEEDS = (b"PL_GLOBAL_SEED", b"PL_SEED_WORKERS")  # Fabric's, where a run begins
 CHANGES = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
 IMPORTED = (
     *(f"litlora.commands.{name}" for name in ("convert", "download", "finetune_lora", "generate", "inspect")),
@@ -96,6 +97,8 @@ class Watch:
                 self.on = True
 
     def look(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.putenv" and arguments[0] in SEEDS:
+            return
         if event in STARTS:
             # litlora.expressions tries out regular expressions in a process of its own
             if event != "subprocess.Popen" or arguments[1][:4] != [sys.executable, "-I", "-S", "-c"]:

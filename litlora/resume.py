@@ -8,6 +8,7 @@ checkpoint takes its name only when it is whole and on the disk.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
@@ -115,12 +116,22 @@ class TrainingCheckpoint:
         totals, conditions = _parse(Totals, raw.get("totals"), file), _parse(Conditions, raw.get("conditions"), file)
         if totals.step < 0:
             raise _damaged(file, f"step {totals.step}")
-        tensors = {info.name: info for info in Shard.open(directory / TENSORS).tensors}
-        return cls(directory, totals, conditions, optimizer, tensors)
+        try:
+            shard = Shard.open(directory / TENSORS)
+        except InputError as error:
+            raise _damaged(directory / TENSORS, str(error).splitlines()[0]) from None
+        if raw.get("tensors") != _digest(shard.header):
+            raise _damaged(directory / TENSORS, f"other tensors than {STATE} says")
+        return cls(directory, totals, conditions, optimizer, {info.name: info for info in shard.tensors})
 
     def chosen(self, cls: type[T]) -> T:
-        """What was fitted to the free memory. Raises InputError."""
-        return _parse(cls, self.conditions.chosen, self.directory / STATE)
+        """What was fitted to the free memory: sizes, none below 0, the tokens of a micro-batch not 0. Raises
+        InputError."""
+        chosen = self.conditions.chosen
+        small = [name for name, size in chosen.items() if type(size) is int and size < (name == "tokens")]
+        if small:
+            raise _damaged(self.directory / STATE, ", ".join(f"{name} {chosen[name]}" for name in small))
+        return _parse(cls, chosen, self.directory / STATE)
 
     @property
     def metrics(self) -> str:
@@ -149,7 +160,7 @@ class TrainingCheckpoint:
             raise InputError(what, where=self.directory, got=", ".join(sorted(wrong)[:4]))
         with torch.no_grad():
             for name, info in found.items():
-                parameters[name].copy_(info.read())
+                parameters[name].copy_(self._read(info))
         try:
             optimizer.state.clear()
             for key, value in self.optimizer.items():
@@ -158,9 +169,16 @@ class TrainingCheckpoint:
             for key, info in self.tensors.items():
                 if key.startswith("optimizer."):
                     name, _, entry = key.removeprefix("optimizer.").rpartition(".")
-                    optimizer.state[parameters[name]][entry] = info.read().to(parameters[name].device)
+                    optimizer.state[parameters[name]][entry] = self._read(info).to(parameters[name].device)
         except (KeyError, RuntimeError) as error:
             raise _damaged(self.directory / TENSORS, f"{type(error).__name__}: {error}") from None
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        """Raises InputError where a value is no number: nothing that a run has saved."""
+        tensor = info.read()
+        if tensor.is_floating_point() and tensor.isnan().any():
+            raise _damaged(self.directory / TENSORS, f"{info.name} holds NaN")
+        return tensor
 
     def restore_random(self, device: torch.device) -> None:
         """Puts the random generators back: the last thing before the next step. Raises InputError."""
@@ -191,13 +209,14 @@ def save_checkpoint(
             elif value is not None:
                 scalars[f"{name}.{key}"] = value
     tensors |= random_state(device)
+    header = make_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()], {})
     state = {
         "format": FORMAT,
         "totals": asdict(totals),
         "conditions": asdict(conditions),
         "optimizer": scalars,
+        "tensors": _digest(header),
     }
-    header = make_header([(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()], {})
     with atomic_directory(directory, overwrite=True) as temporary:
         write_shard(temporary / TENSORS, header, tensors.values())
         write_text(temporary / METRICS, metrics)
@@ -311,6 +330,11 @@ def _parse(cls: type[T], raw: object, file: Path) -> T:
     if wrong:
         raise _damaged(file, ", ".join(wrong))
     return cls(**raw)
+
+
+def _digest(header: bytes) -> str:
+    """Of names, dtypes and shapes: with one tensor fewer the optimizer would begin anew for it, or fail."""
+    return hashlib.blake2b(header, digest_size=16).hexdigest()
 
 
 def _damaged(file: Path, got: object) -> InputError:

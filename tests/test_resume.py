@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from litlora import run_files, train
+from litlora.checkpoint import Shard, write_shard
 from litlora.cli import call
 from litlora.commands import finetune_lora, finetune_training
 from litlora.memory import MicroBatch
@@ -265,18 +266,24 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_taken(
     assert not kill.differences(tmp_path / "whole", tmp_path / "run")
 
 
+NAN = float("nan")
 DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
     "format": lambda state: state.update(format=99),
     "no totals": lambda state: state.pop("totals"),
     "a step that is text": lambda state: state["totals"].update(step="8"),
     "a step before the first": lambda state: state["totals"].update(step=-1),
     "a total too many": lambda state: state["totals"].update(more=1),
-    "a choice of text": lambda state: state["conditions"]["chosen"].update(checkpointed="yes"),
+    "a choice of text": lambda state: state["conditions"]["chosen"].update(policy=1),
+    "a micro-batch of no tokens": lambda state: state["conditions"]["chosen"].update(tokens=0),
+    "fewer blocks than none": lambda state: state["conditions"]["chosen"].update(blocks=-1),
     "conditions that are a list": lambda state: state.update(conditions=[1]),
     "a choice that is none": lambda state: state["conditions"].update(chosen={"tokens": "many"}),
-    "a choice too many": lambda state: state["conditions"].update(chosen={"tokens": 1, "checkpointed": True, "x": 1}),
+    "a choice too many": lambda state: state["conditions"].update(
+        chosen={"tokens": 1, "policy": "none", "blocks": 0, "x": 1}
+    ),
     "settings of no kind": lambda state: state["conditions"].update(settings={"lora_r": [8]}),
     "no optimizer": lambda state: state.pop("optimizer"),
+    "other tensors": lambda state: state.update(tensors="0" * 32),
     "an optimizer of other parameters": lambda state: state.update(optimizer={"nothing.step": 3}),
 }
 
@@ -294,6 +301,19 @@ def test_a_state_that_is_none_is_refused(name: str, finished: Path, capsys: pyte
     assert "error: " in said
     assert "internal error" not in said
     assert (finished / "metrics.csv").read_text() == before
+
+
+@pytest.mark.parametrize("part", ["adapter.", "optimizer."])
+def test_tensors_without_a_number_are_refused(part: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = finished / "checkpoints" / "step-00000003" / "state.safetensors"
+    shard = Shard.open(file)
+    tensors = {info.name: info.read() for info in shard.tensors}
+    name = next(name for name, tensor in tensors.items() if name.startswith(part) and tensor.is_floating_point())
+    tensors[name].view(-1)[0] = NAN
+    write_shard(file, shard.header, tensors.values())
+    capsys.readouterr()
+    assert finetune(finished, max_steps=4) == 2
+    assert f"{name} holds NaN" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -585,9 +605,6 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(CausalLoss, "forward", spoiled)
 
     return spoil
-
-
-NAN = float("nan")
 
 
 @pytest.mark.parametrize(("factor", "slope"), [(NAN, NAN), (float("inf"), 1.0), (1.0, float("inf")), (1.0, NAN)])

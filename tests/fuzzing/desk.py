@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny_tokenizers import CHATML, json_tokenizer, sentencepiece_tokenizer
 from torch import nn
 
 from litlora.checkpoint import Checkpoint, write_checkpoint
+from litlora.commands import finetune_lora
 from litlora.config import ModelConfig
 from litlora.data import PromptStyle, dataset, load_rows, prepare
 from litlora.load import RandomWeights, expected_shapes, load_model, meta_decoder
@@ -51,6 +53,7 @@ def make_desk(root: Path) -> Path:
     _adapter(desk / "own", desk / "json")  # with the settings of the run that made it
     (desk / "own" / "hyperparameters.yaml").write_text("data: alpaca\nmax_seq_length: 64\nmask_prompt: true\nseed: 3\n")
     _run(desk / "run", desk / "json")
+    _stopped(desk)
     _meta(desk / "meta", desk / "sp" / "tokenizer.model")
     _llama3(desk / "llama3")
     status = (desk / "json" / "config.json").stat()
@@ -145,6 +148,24 @@ def _run(directory: Path, base: Path) -> None:
     conditions = Conditions({"lora_r": 2}, "a", "b", "cpu", {"micro_batch": 64}, {"torch": "2"})
     checkpoint = directory / "checkpoints" / "step-00000002"
     save_checkpoint(checkpoint, Totals(step=2), conditions, model, optimizer, CPU, metrics, [])
+
+
+def finetuning(desk: Path, out_dir: Path) -> finetune_lora.Args:
+    """A run of three steps, with a checkpoint and a validation after each."""
+    return finetune_lora.Args(
+        checkpoint_dir=desk / "json", data_path=desk / "rows.json", out_dir=out_dir, accelerator="cpu", max_steps=3,
+        batch_size=2, warmup_steps=0, save_interval=1, eval_interval=1, val_split=2, epochs=2, keep_last=3,
+        max_seq_length=64, resume="auto", quiet=True,
+    )  # fmt: skip
+
+
+def _stopped(desk: Path) -> None:
+    """That run, as if it had been killed after its second step."""
+    run = desk / "stopped"
+    finetune_lora.run(finetuning(desk, run))
+    (run / "summary.json").unlink()
+    for step in (1, 3):
+        shutil.rmtree(run / "checkpoints" / f"step-0000000{step}")
 
 
 def _meta(directory: Path, tokenizer: Path) -> None:

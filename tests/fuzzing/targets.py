@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,6 +271,16 @@ def _resume(desk: Path) -> None:
     checkpoint.restore_random(CPU)
 
 
+def _go_on(desk: Path) -> None:
+    """A copy of the run that was killed after its second step, to its end."""
+    from fuzzing.desk import finetuning
+    from litlora.commands import finetune_lora
+
+    run = desk / "out" / "run"
+    shutil.copytree(desk / "stopped", run, symlinks=True)
+    finetune_lora.run(finetuning(desk, run))
+
+
 # --- mutations of one kind of file
 
 
@@ -459,7 +470,7 @@ _LINED = mixed((7, damage_json_lines), (3, damage_bytes))
 _PROTOBUF = mixed((5, damage_protobuf), (5, damage_bytes))
 _PARAMS = mixed((2, _sizes("dim", "n_layers", "n_heads", "n_kv_heads")), (8, _JSON))
 _RANKS = mixed((8, damage_bytes), (2, _long_tokens))
-_STEP = "run/checkpoints/step-00000002"
+_STEP, _STOPPED = (f"{run}/checkpoints/step-00000002" for run in ("run", "stopped"))
 TARGETS: Mapping[str, Target] = {
     "model.safetensors": Target("json/model.safetensors", _SAFETENSORS, _BASE),
     "a shard": Target("sp/model-00002-of-@.safetensors", _SAFETENSORS, _SHARDS),
@@ -512,6 +523,10 @@ TARGETS: Mapping[str, Target] = {
     "a checkpoint's state.safetensors": Target(
         f"{_STEP}/state.safetensors", _SAFETENSORS, (_resume,), links=False
     ),
+    "state.json of a run": Target(f"{_STOPPED}/state.json", _JSON, (_go_on,), links=False),
+    "state.safetensors of a run": Target(f"{_STOPPED}/state.safetensors", _SAFETENSORS, (_go_on,), links=False),
+    "metrics.csv of a run": Target(f"{_STOPPED}/metrics.csv", _CSV, (_go_on,), links=False),
+    "samples.jsonl of a run": Target("stopped/samples.jsonl", _LINED, (_go_on,), links=False),
     "consolidated.00.pth": Target(
         "meta/consolidated.00.pth", mixed((4, damage_pth), (2, payload), (4, damage_bytes)), (_convert,)
     ),
