@@ -254,7 +254,8 @@ def ragged(bench: Bench, args: argparse.Namespace) -> Iterator[Row]:
     prompts = [part.tolist() for part in np.split(data.flat_ids, data.offsets[1:-1])]
     ends = [chance.randint(1, new) for _ in range(count)]
     for slots in args.slots:
-        for attempt in ("first", "second"):  # kernels are compiled in the first
+        list(generate(bench.model, prompts, SAMPLED, max_new_tokens=3, stop_ids=(), side_by_side=slots))  # compiles
+        for attempt in range(args.runs):
             ended: set[int] = set()
             got, total = [0] * count, 0
             reset_peak_memory(bench.device)
@@ -270,7 +271,7 @@ def ragged(bench: Bench, args: argparse.Namespace) -> Iterator[Row]:
             yield {
                 "measure": "ragged",
                 "slots": slots,
-                "run": attempt,
+                "run": attempt + 1,
                 "prompts": count,
                 "prompt_tokens": sum(map(len, prompts)),
                 "new_tokens": total,
@@ -354,6 +355,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="llama2-7b", help="tiny to try the script")
     parser.add_argument("--new", type=int, help="tokens to generate in `decode`, instead of 256")
     parser.add_argument("--slots", nargs="+", type=int, default=[256], help="rows side by side in `ragged`")
+    parser.add_argument("--runs", type=int, default=2, help="of `ragged`")
     parser.add_argument("--profile", action="store_true", help="kernels of steps to kernels.txt")
     parser.add_argument("--tune", nargs="*", choices=tune.FORMATS, help="tiles of the linears; empty: all formats")
     parser.add_argument("--first_token", action="store_true", help="the command itself, from a checkpoint on disk")

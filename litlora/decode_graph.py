@@ -27,6 +27,7 @@ from litlora.sequences import View
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)  # of captured batches
 WORKING_MEMORY = 1e9  # bytes of the card that the cache leaves for activations
+PATIENCE = 32  # steps in a larger captured batch before a smaller one is captured, which takes as long as a few steps
 SAMPLING_MEMORY = 32  # and for sampling, by slot and word of the vocabulary: eight fp32 copies of the logits
 
 
@@ -61,6 +62,7 @@ class Captured:
         self.stale = False  # whether the device's is not ours
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.forwards: dict[int, Callable[[State], Tensor]] = {}
+        self.asked: dict[int, int] = {}  # steps of a size that a larger one took
         self.pool: Any = None  # the memory that the graphs share
 
     def admit(self, row: int, tokens: int, live: int) -> bool:
@@ -100,7 +102,7 @@ class Captured:
         if self.stale:
             self.device_table.copy_(on_device(torch.from_numpy(self.table.copy()), self.device))
             self.stale = False
-        size = padded(len(lengths))
+        size = self.size(len(lengths))
         if size in self.graphs:
             self.graphs[size].replay()
         elif size not in self.forwards:  # once as it is: kernels are compiled, libraries have started
@@ -111,6 +113,13 @@ class Captured:
             self.graphs[size].replay()
         else:
             self.run(size, state)
+
+    def size(self, rows: int) -> int:
+        """The batch that the step runs as: rows that leave do not have a graph captured for every size they pass."""
+        size = padded(rows)
+        larger = [other for other in self.graphs if other > size]
+        self.asked[size] = self.asked.get(size, 0) + 1
+        return min(larger) if larger and size not in self.forwards and self.asked[size] <= PATIENCE else size
 
     def run(self, size: int, state: State) -> None:
         slots = slice(0, size)
@@ -132,20 +141,21 @@ class Captured:
 
     def forward(self, size: int) -> Callable[[State], Tensor]:
         """What gives the logits (B, V) of the first `size` slots."""
-        config = self.model.config
-        if size <= MOST_ROWS and few_rows_wanted(self.model):
+        model, cache, table = self.model, self.cache, self.device_table  # not self: a cycle would keep the memory
+        config = model.config
+        if size <= MOST_ROWS and few_rows_wanted(model):
             try:
-                few = FewRows(self.model, self.cache, size, self.longest, pdl=has_pdl(self.device))
+                few = FewRows(model, cache, size, self.longest, pdl=has_pdl(self.device))
             except Unsupported:
                 pass
             else:
-                return lambda state: few(state.tokens[:size], state.positions[:size], self.device_table)
+                return lambda state: few(state.tokens[:size], state.positions[:size], table)
         shape = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         workspace = Workspace.of(size, *shape, self.device)
 
         def many(state: State) -> Tensor:
-            sequences = CachedRows(self.cache, state.positions[:size], self.device_table, workspace)
-            return self.model.lm_head(self.model(state.inputs(size), sequences))  # type: ignore[no-any-return]
+            sequences = CachedRows(cache, state.positions[:size], table, workspace)
+            return model.lm_head(model(state.inputs(size), sequences))  # type: ignore[no-any-return]
 
         return many
 

@@ -16,7 +16,7 @@ from litlora.kv_cache import PAGE, KVCache
 from litlora.model import Block, Decoder, RMSNorm
 from litlora.ops.decode_attention import Workspace, attend
 from litlora.ops.decode_kernels import ADD, BLOCK, DENSE, FOUR_BIT, FP8, GATED, STORE, byte_planes
-from litlora.ops.decode_linear import Factors, Linear, Weight, embed
+from litlora.ops.decode_linear import Factors, Linear, Weight, embed, layout_of
 from litlora.ops.parts import parts_of
 
 LARGEST_RANK = 256
@@ -56,7 +56,8 @@ def weight_of(frozen: object, dtype: torch.dtype) -> Weight:
         if frozen.nested:
             nested = (frozen.absmax_absmax.detach(), frozen.absmax_code.detach(), frozen.offset.detach())
         ptx = words.is_cuda and dtype.itemsize == 2
-        table = byte_planes(frozen.code.detach(), dtype) if ptx else frozen.code.detach()
+        code = frozen.code.detach().float()
+        table = torch.cat([byte_planes(code, dtype), code.view(torch.int32)]) if ptx else code
         scales, shape = frozen.absmax.detach(), (frozen.out_features, frozen.in_features)
         return Weight(FOUR_BIT, words, *shape, scales, nested, table, frozen.bias)
     raise Unsupported(f"{type(frozen).__name__}")
@@ -77,12 +78,12 @@ class Layer:
         output = group_of([attention.o_proj], dtype)
         inner, outer = group_of([mlp.gate_proj, mlp.up_proj], dtype), group_of([mlp.down_proj], dtype)
         self.reads_words = words(inputs)
-        self.attention_permuted = words(output)
+        self.attention_layout = layout_of(words(output), rows)
         self.qkv = Linear(*inputs, STORE, rows, dtype, pdl=pdl)
         # attention reads little, so that the memory has time for the weights of what follows it
-        self.output = Linear(*output, ADD, rows, dtype, permuted=words(inner), pdl=pdl, ahead=True)
-        self.inner = Linear(*inner, GATED, rows, dtype, permuted=words(outer), pdl=pdl)
-        self.outer = Linear(*outer, ADD, rows, dtype, permuted=following, pdl=pdl)
+        self.output = Linear(*output, ADD, rows, dtype, words=words(inner), pdl=pdl, ahead=True)
+        self.inner = Linear(*inner, GATED, rows, dtype, words=words(outer), pdl=pdl)
+        self.outer = Linear(*outer, ADD, rows, dtype, words=following, pdl=pdl)
         self.norm = block.post_attention_layernorm.weight.detach()
         self.head_norms: tuple[Tensor, Tensor, float] | None = None
         if isinstance(attention.q_norm, RMSNorm) and isinstance(attention.k_norm, RMSNorm):
@@ -132,8 +133,8 @@ class FewRows:
         """The newest token (R,) of each row, for `positions` (R,); the rows' pages are in `table` (R or more, P).
         -> logits (R, V), which the next call overwrites."""
         eps, blocks = self.config.rms_norm_eps, 1
-        permuted = self.layers[0].reads_words
-        embed(tokens, self.embedding, self.norms[0], self.stream, self.x, self.sums, permuted=permuted, pdl=self.pdl)
+        first = self.layers[0].reads_words
+        embed(tokens, self.embedding, self.norms[0], self.stream, self.x, self.sums, words=first, pdl=self.pdl)
         for number, layer in enumerate(self.layers):
             layer.qkv.launch(self.x, self.qkv, norm=(self.sums, blocks, eps))
             self._attend(number, layer, positions, table)
@@ -162,6 +163,6 @@ class FewRows:
             self.attended,
             rotation=self.rotation,
             norms=layer.head_norms,
-            permuted=layer.attention_permuted,
+            layout=layer.attention_layout,
             pdl=self.pdl,
         )

@@ -67,7 +67,7 @@ def weight(form: int, rows: int, size: int, nested: bool) -> Weight:
         return Weight(form, meta(rows, size), rows, size)
     if form == FP8:
         return Weight(form, meta(rows, size, dtype=torch.float8_e4m3fn), rows, size, meta(rows, **fp32))
-    words, blocks, table = meta(rows * size // 8, dtype=torch.int32), rows * size // 64, meta(8, dtype=torch.int32)
+    words, blocks, table = meta(rows * size // 8, dtype=torch.int32), rows * size // 64, meta(24, dtype=torch.int32)
     if not nested:
         return Weight(form, words, rows, size, meta(blocks, **fp32), None, table)
     inner = meta(blocks // 256, **fp32), meta(256, **fp32), meta(1, **fp32)
@@ -94,14 +94,14 @@ def test_linears(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
             Factors(meta(rank, size, **fp32), meta(w.rows, rank, **fp32), 2.0) if rank else None for w in weights
         ]
         launch = Linear(
-            weights, factors, mode, rows, torch.bfloat16, permuted=form == FOUR_BIT, pdl=pdl, ahead=mode == ADD
+            weights, factors, mode, rows, torch.bfloat16, words=form == FOUR_BIT, pdl=pdl, ahead=mode == ADD
         )
         residual = (meta(rows, c), meta(c), meta(rows * launch.blocks, **fp32)) if mode == ADD else None
         norm = None if mode == ADD else (meta(rows * 128, **fp32), 128, 1e-5)
         launch.launch(meta(rows, size), meta(rows, outputs), norm=norm, residual=residual)
     decode_linear.embed(
         meta(4, dtype=torch.int64), meta(32000, c), meta(c), meta(4, c), meta(4, c), meta(4, dtype=torch.float32),
-        permuted=True, pdl=pdl,
+        words=True, pdl=pdl,
     )  # fmt: skip
     assert len(made) >= 9
     assert max(kernel.metadata.shared for kernel in made) <= SHARED[capability]

@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litlora.ops.decode_kernels import _order
+from litlora.ops.decode_kernels import PLAIN, _order
 
 TILE = 64  # keys at a time
+BUSY = 2  # programs for each multiprocessor, where a row's length gives so many
 LARGEST_HEAD = 256
 
 
@@ -47,11 +48,8 @@ def _attend(
     out, sums, bounds, arrived, scale, window, kv_heads,
     group: tl.constexpr, group_block: tl.constexpr, half: tl.constexpr, half_block: tl.constexpr, parts: tl.constexpr,
     page: tl.constexpr, tile: tl.constexpr, windowed: tl.constexpr, norm: tl.constexpr, rotate: tl.constexpr,
-    permuted: tl.constexpr, pdl: tl.constexpr,
+    layout: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
-    if pdl:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     row, head, part = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     position = tl.load(positions + row).to(tl.int32)
     lowest = 0
@@ -60,6 +58,10 @@ def _attend(
     start = lowest // tile * tile
     share = tl.cdiv(tl.cdiv(position + 1 - start, parts), tile) * tile
     used = tl.cdiv(position + 1 - start, share)
+    if pdl:  # nothing above depends on the kernels of this step
+        tl.extra.cuda.gdc_wait()
+        # not earlier: the next kernel fetches its weights into the cache, through which the one before still reads
+        tl.extra.cuda.gdc_launch_dependents()
     if part >= used:
         return
     begin = start + part * share
@@ -106,7 +108,8 @@ def _attend(
         best = higher
     lane = tl.arange(0, group_block)
     number = (row * kv_heads + head) * group + lane  # of the head, among all rows
-    target = row * kv_heads * group * size + _order((head * group + member) * size + dim, permuted)
+    whole = kv_heads * group * size
+    target = row * whole + _order((head * group + member) * size + dim, whole, layout)
     mine = (member < group) & (dim < size)
     if used == 1:
         tl.store(out + target, mean / total[:, None], mask=mine)
@@ -118,20 +121,18 @@ def _attend(
     if tl.atomic_add(arrived + row * kv_heads + head, 1, sem="acq_rel") < used - 1:
         return
     tl.store(arrived + row * kv_heads + head, 0)  # for the next layer
-    best = tl.full((group_block,), -1e38, tl.float32)
-    total = tl.zeros((group_block,), tl.float32)
-    mean = tl.zeros((group_block, 2 * half_block), tl.float32)
-    for other in range(0, used):
-        place = number * parts + other
-        theirs = tl.load(bounds + place * 2, mask=lane < group, other=-1e38, cache_modifier=".cg")
-        weight = tl.load(bounds + place * 2 + 1, mask=lane < group, other=0.0, cache_modifier=".cg")
-        value = tl.load(sums + place[:, None] * size + dim, mask=mine, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(best, theirs)
-        mean = mean * tl.exp2(best - higher)[:, None] + value * tl.exp2(theirs - higher)[:, None]
-        total = total * tl.exp2(best - higher) + weight * tl.exp2(theirs - higher)
-        best = higher
-    total = tl.where(lane < group, total, 1.0)
-    tl.store(out + target, mean / total[:, None], mask=mine)
+    other = tl.arange(0, parts)
+    for each in range(0, group):  # all parts of a head at once: one after the other, each would wait for the memory
+        one = ((row * kv_heads + head) * group + each) * parts + other
+        best_of = tl.load(bounds + one * 2, mask=other < used, other=-1e38, cache_modifier=".cg")
+        weight = tl.load(bounds + one * 2 + 1, mask=other < used, other=0.0, cache_modifier=".cg")
+        known = (other < used)[:, None] & (dim < size)
+        value = tl.load(sums + one[:, None] * size + dim, mask=known, other=0.0, cache_modifier=".cg")
+        scaled = tl.exp2(best_of - tl.max(best_of, 0))
+        joined = tl.sum(value * scaled[:, None], 0) / tl.sum(weight * scaled, 0)
+        column = tl.arange(0, 2 * half_block)
+        target_of = row * whole + _order((head * group + each) * size + column, whole, layout)
+        tl.store(out + target_of, joined, mask=column < size)
 
 
 def _power(n: int) -> int:
@@ -153,7 +154,7 @@ class Workspace:
         processors = 132
         if device.type == "cuda":
             processors = torch.cuda.get_device_properties(device).multi_processor_count
-        parts = min(64, _power(triton.cdiv(2 * processors, rows * kv_heads)))
+        parts = min(64, _power(triton.cdiv(BUSY * processors, rows * kv_heads)))
         sums = torch.empty(rows, heads, parts, head_dim, dtype=torch.float32, device=device)
         bounds = torch.empty(rows, heads, parts, 2, dtype=torch.float32, device=device)
         return cls(parts, sums, bounds, torch.zeros(rows, kv_heads, dtype=torch.int32, device=device))
@@ -174,14 +175,14 @@ def attend(
     *,
     rotation: tuple[Tensor, Tensor] | None = None,
     norms: tuple[Tensor, Tensor, float] | None = None,
-    permuted: bool = False,
+    layout: int = PLAIN,
     pdl: bool = False,
 ) -> None:
     """q (B, H, D) at `positions` (B,) of rows whose tokens lie in the pages `table` (B or more, P) int32, of `page`
     tokens, of keys and values (T, K, D), into which k and v (B, K, D) are written -> out (B, H, D).
 
     q, k and v may be strided by row. `rotation`: cos and sin (positions, D/2), where q and k are not rotated yet;
-    `norms`: the weights (D,) of their norms, and eps. `permuted`: the order that a 4-bit linear reads.
+    `norms`: the weights (D,) of their norms, and eps. `layout`: of what is written.
     """
     (rows, heads, size), kv_heads = q.shape, k.shape[1]
     group, half = heads // kv_heads, size // 2
@@ -195,6 +196,6 @@ def attend(
         math.log2(math.e) / math.sqrt(size), window or 0, kv_heads,
         group=group, group_block=max(16, _power(group)), half=half, half_block=max(16, _power(half)),
         parts=workspace.parts, page=page, tile=tile, windowed=window is not None, norm=norms is not None,
-        rotate=rotation is not None, permuted=permuted, pdl=pdl, num_warps=4, num_stages=3 if size <= 128 else 2,
+        rotate=rotation is not None, layout=layout, pdl=pdl, num_warps=4, num_stages=3 if size <= 128 else 2,
         **options,
     )  # fmt: skip

@@ -5,7 +5,8 @@ What reads its weights once is bound by that, so every kernel asks for its first
 before it (`pdl`: programmatic dependent launch). Products run on tensor cores, rows padded to 16, summed in fp32.
 
 A norm takes no kernel: who writes the residual stream x also writes x · weight and the sums of x² by block; who reads
-them multiplies its result by 1/rms. Inputs of 4-bit linears lie in the order in which eight of their weights unpack.
+them multiplies its result by 1/rms. Inputs of 4-bit linears lie as their weights unpack: several rows in EIGHTS, each
+eight of them in ORDER; a row alone in PLANES, all first ones of the eights, then all second ones.
 Sizes: R rows (a power of two, 16 at most), I in, O out.
 """
 
@@ -22,6 +23,7 @@ STORE, ADD, GATED = 0, 1, 2  # what becomes of a product: stored; added to the r
 RANKS = 16  # of adapters at a time
 BLOCK = 64  # weights that share an absmax
 ORDER = (1, 3, 5, 7, 0, 2, 4, 6)  # of eight 4-bit weights once unpacked: a byte's first one is in its high half
+PLAIN, EIGHTS, PLANES = 0, 1, 2  # how an input lies
 
 
 # ---------------------------------------------------------------- 4 bits
@@ -52,8 +54,20 @@ def unpacking() -> str:
     return "\n".join([*lines, "}"])
 
 
-UNPACKING = unpacking()
-OPERANDS = "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r,r,r"
+def asking() -> str:
+    """PTX: a word of eight 4-bit numbers ($8) to eight fp32 ($0 to $7) in the weights' own order, each from the lane of
+    the warp that holds it ($9: a table of 16 by lane, twice). One exchange a weight takes less time than selecting
+    bytes: the units for integers would be busy longer than the memory."""
+    lines = ["{ .reg .b32 w;"]
+    for place in range(8):
+        lines += [f"shr.b32 w, $8, {4 * place};", f"shfl.sync.idx.b32 ${place ^ 1}, $9, w, 0x100f, 0xffffffff;"]
+    return "\n".join([*lines, "}"])
+
+
+MINE = """{ .reg .b32 lane; .reg .b64 place; mov.u32 lane, %laneid; and.b32 lane, lane, 15; mul.wide.u32 place, lane, 4;
+add.s64 place, place, $1; ld.global.f32 $0, [place]; }"""  # a lane's number of the table for `asking`
+UNPACKING, ASKING = unpacking(), asking()
+OPERANDS, OPERANDS_ASKING = "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r,r,r,r,r,r,r", "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,f"
 
 
 def byte_planes(code: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,6 +98,76 @@ def _unpacked(words, table, like, asm: tl.constexpr, operands: tl.constexpr):
         )  # fmt: skip
     whole = tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h)))
     return tl.reshape(whole, (words.shape[0], 8 * words.shape[1]))
+
+
+@triton.jit
+def _eighth(total, words, table, x, inside, number: tl.constexpr):
+    weight = tl.load(table + ((words >> 4 * (number ^ 1)) & 15))
+    return total + weight * tl.load(x, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dotted(words, table, mine, x, inside, plane, asm: tl.constexpr, operands: tl.constexpr):
+    """(O, W) words -> (O, W), the sums of their eight weights without scales times x, which lies in PLANES; what is not
+    `inside` (1, W) counts as 0."""
+    total = tl.zeros(words.shape, tl.float32)
+    if asm is None:
+        for number in tl.static_range(8):
+            total = _eighth(total, words, table, x + number * plane, inside, number)
+    else:
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            asm, operands, [words, mine], dtype=(tl.float32,) * 8, is_pure=False, pack=1
+        )
+        total += a * tl.load(x, mask=inside, other=0.0).to(tl.float32)
+        total += b * tl.load(x + plane, mask=inside, other=0.0).to(tl.float32)
+        total += c * tl.load(x + 2 * plane, mask=inside, other=0.0).to(tl.float32)
+        total += d * tl.load(x + 3 * plane, mask=inside, other=0.0).to(tl.float32)
+        total += e * tl.load(x + 4 * plane, mask=inside, other=0.0).to(tl.float32)
+        total += f * tl.load(x + 5 * plane, mask=inside, other=0.0).to(tl.float32)
+        total += g * tl.load(x + 6 * plane, mask=inside, other=0.0).to(tl.float32)
+        total += h * tl.load(x + 7 * plane, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _four_bit_row(
+    x, words, scales, nested_scales, code, offset, table, first, rows, size,
+    nested: tl.constexpr, asm: tl.constexpr, operands: tl.constexpr, mine_asm: tl.constexpr, tile_o: tl.constexpr,
+    tile_i: tl.constexpr, wait: tl.constexpr,
+):  # fmt: skip
+    """(1, tile_o): x (1, I) times rows of W, fp32. For one row there is little to multiply and much to unpack: each
+    thread sums what it has unpacked itself, and the main loop passes nothing between threads but a block's sum."""
+    blocks: tl.constexpr = tile_i // 64
+    row = tl.minimum(first + tl.arange(0, tile_o), rows - 1)
+    word, block = tl.arange(0, tile_i // 8)[None], tl.arange(0, blocks)[None]
+    plane = tl.multiple_of(size // 8, 8)
+    places = words + row.to(tl.int64)[:, None] * plane + word
+    scaled, last = row[:, None] * (size // 64) + block, rows * (size // 64) - 1
+    following = tl.load(places, mask=word < plane, other=0)
+    at = tl.minimum(scaled, last)
+    absmax = tl.load(scales + at)
+    if nested:
+        nested_absmax, shift = tl.load(nested_scales + at // 256), tl.load(offset)
+    if wait:
+        tl.extra.cuda.gdc_wait()
+    mine = 0.0
+    if asm is not None:  # no scalar, though the compiler takes it for one: each thread has its own
+        mine = tl.inline_asm_elementwise(mine_asm, "=f,l", [(table + 8).to(tl.int64)], tl.float32, is_pure=False, pack=1)
+    total = tl.zeros((tile_o, blocks), tl.float32)
+    for start in tl.range(0, plane, tile_i // 8, num_stages=1):
+        current, ahead = following, start + tile_i // 8
+        following = tl.load(places + ahead, mask=ahead + word < plane, other=0)
+        if nested:
+            scale = tl.load(code + absmax.to(tl.int32)) * nested_absmax + shift
+        else:
+            scale = absmax
+        at = tl.minimum(scaled + ahead // 8, last)
+        absmax = tl.load(scales + at)
+        if nested:
+            nested_absmax = tl.load(nested_scales + at // 256)
+        sums = _dotted(current, table, mine, x + start + word, start + word < plane, plane, asm, operands)
+        total += tl.sum(tl.reshape(sums, (tile_o, blocks, 8)), 2) * scale
+    return tl.sum(total, 1)[None]
 
 
 @triton.jit
@@ -173,6 +257,31 @@ def _dense(
     return tl.sum(tl.reshape(total, (m // r, r, tile_o)), 0)
 
 
+@triton.jit
+def _dense_row(
+    x, w, first, rows, size, tile_o: tl.constexpr, tile_i: tl.constexpr, stages: tl.constexpr, even: tl.constexpr,
+    wait: tl.constexpr,
+):  # fmt: skip
+    """(1, tile_o): x (1, I) times rows of W, fp32, without tensor cores: nothing is padded."""
+    row = tl.minimum(first + tl.arange(0, tile_o), rows - 1).to(tl.int64)
+    column = tl.arange(0, tile_i)[None]
+    places = w + row[:, None] * size + column
+    ahead = tl.load(places, mask=column < size, other=0.0)  # under way while the kernel before this one still runs
+    if wait:
+        tl.extra.cuda.gdc_wait()
+    value = tl.load(x + column, mask=column < size, other=0.0)
+    total = ahead.to(tl.float32) * value.to(tl.float32)
+    for start in tl.range(tile_i, size, tile_i, num_stages=stages):
+        if even:
+            tile = tl.load(places + start)
+            value = tl.load(x + start + column)
+        else:
+            tile = tl.load(places + start, mask=start + column < size, other=0.0)
+            value = tl.load(x + start + column, mask=start + column < size, other=0.0)
+        total += tile.to(tl.float32) * value.to(tl.float32)
+    return tl.sum(total, 1)[None]
+
+
 # ---------------------------------------------------------------- around the products
 
 
@@ -187,12 +296,14 @@ def _fetch_ahead(w, row_bytes, piece, first, rows, tile_o: tl.constexpr, pieces:
 
 
 @triton.jit
-def _order(place, permuted: tl.constexpr):
-    """Where element `place` lies; eight of them in ORDER where the reader is a 4-bit linear."""
-    if permuted:
-        return place - place % 8 + tl.where(place % 2 == 1, place % 8 // 2, 4 + place % 8 // 2)
-    else:  # behind a `return` in a branch taken at compile time, the rest would be compiled, too
-        return place
+def _order(place, size, layout: tl.constexpr):
+    """Where element `place` of a row of `size` lies."""
+    # no early `return`: what is behind one in a branch taken at compile time would be compiled, too
+    if layout == 1:
+        place = place - place % 8 + tl.where(place % 2 == 1, place % 8 // 2, 4 + place % 8 // 2)
+    elif layout == 2:
+        place = place % 8 * (size // 8) + place // 8
+    return place
 
 
 @triton.jit
@@ -227,11 +338,11 @@ def _linear(
     x, sums, blocks, eps, w0, w1, w2, s0, s1, s2, n0, n1, n2, o0, o1, o2, code, table, bias,
     z, b0, b1, b2, rank0, rank1, rank2, f0, f1, f2, y, residual, norm_weight, new_sums, size, rows0, rows1, rows2,
     row_bytes, piece,
-    mode: tl.constexpr, form: tl.constexpr, nested: tl.constexpr, asm: tl.constexpr, operands: tl.constexpr,
+    mode: tl.constexpr, form: tl.constexpr, nested: tl.constexpr, asm: tl.constexpr, operands: tl.constexpr, mine: tl.constexpr,
     norm: tl.constexpr, biased: tl.constexpr, most: tl.constexpr, parts: tl.constexpr, step: tl.constexpr,
     r: tl.constexpr, m: tl.constexpr, splits: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
-    stages: tl.constexpr, even: tl.constexpr, blocks_block: tl.constexpr, permuted: tl.constexpr, pdl: tl.constexpr,
-    pieces: tl.constexpr,
+    stages: tl.constexpr, even: tl.constexpr, blocks_block: tl.constexpr, layout: tl.constexpr, pdl: tl.constexpr,
+    pieces: tl.constexpr, flat: tl.constexpr,
 ):  # fmt: skip
     """Up to three linears over one x, or two and their SwiGLU, or one and the residual stream: see `decode_linear`."""
     if pdl:
@@ -250,8 +361,12 @@ def _linear(
     first = local * tile_o
     if pieces:
         _fetch_ahead(w, row_bytes, piece, first, rows, tile_o, pieces)
-    if form == 2:
+    if form == 2 and r == 1:
+        total = _four_bit_row(x, w, s, n, code, o, table, first, rows, size, nested, asm, operands, mine, tile_o, tile_i, pdl)  # fmt: skip  # noqa: E501
+    elif form == 2:
         total = _four_bit(x, w, s, n, code, o, table, first, rows, size, nested, asm, operands, r, m, splits, tile_o, tile_i, pdl)  # fmt: skip  # noqa: E501
+    elif flat:
+        total = _dense_row(x, w, first, rows, size, tile_o, tile_i, stages, even, pdl)
     else:
         total = _dense(x, w, first, rows, size, r, m, tile_o, tile_i, stages, even, pdl)
     column = first + tl.arange(0, tile_o)
@@ -267,8 +382,12 @@ def _linear(
     if biased:
         total += tl.load(bias + before + column, mask=column < rows, other=0.0).to(tl.float32)[None]
     if mode == 2:
-        if form == 2:
+        if form == 2 and r == 1:
+            other = _four_bit_row(x, w1, s1, n1, code, o1, table, first, rows, size, nested, asm, operands, mine, tile_o, tile_i, False)  # fmt: skip  # noqa: E501
+        elif form == 2:
             other = _four_bit(x, w1, s1, n1, code, o1, table, first, rows, size, nested, asm, operands, r, m, splits, tile_o, tile_i, False)  # fmt: skip  # noqa: E501
+        elif flat:
+            other = _dense_row(x, w1, first, rows, size, tile_o, tile_i, stages, even, False)
         else:
             other = _dense(x, w1, first, rows, size, r, m, tile_o, tile_i, stages, even, False)
         if form == 1:
@@ -279,7 +398,7 @@ def _linear(
             other *= scale
         if biased:
             other += tl.load(bias + rows0 + column, mask=column < rows, other=0.0).to(tl.float32)[None]
-        tl.store(y + row * rows + _order(column, permuted)[None], total * tl.sigmoid(total) * other, mask=valid)
+        tl.store(y + row * rows + _order(column, rows, layout)[None], total * tl.sigmoid(total) * other, mask=valid)
     elif mode == 1:
         place = residual + row * rows + column[None]
         old = tl.load(place, mask=valid, other=0.0)
@@ -287,7 +406,7 @@ def _linear(
         tl.store(place, new, mask=valid)
         weight = tl.load(norm_weight + column, mask=column < rows, other=0.0).to(tl.float32)[None]
         new = new.to(tl.float32)
-        tl.store(y + row * rows + _order(column, permuted)[None], new * weight, mask=valid)
+        tl.store(y + row * rows + _order(column, rows, layout)[None], new * weight, mask=valid)
         squares = tl.sum(tl.where(valid, new * new, 0.0), 1)
         tl.store(new_sums + tl.arange(0, r) * blocks0 + number, squares)
     else:
@@ -297,7 +416,7 @@ def _linear(
 @triton.jit(do_not_specialize=["rank0", "rank1", "rank2"])
 def _down(
     x, a0, a1, a2, rank0, rank1, rank2, z, size,
-    r: tl.constexpr, m: tl.constexpr, parts: tl.constexpr, tile_i: tl.constexpr, permuted: tl.constexpr,
+    r: tl.constexpr, m: tl.constexpr, parts: tl.constexpr, tile_i: tl.constexpr, layout: tl.constexpr,
     step: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
     """z (parts, R, ranks) = x Aᵀ, each part of the columns by itself; `step` rows of one A a program."""
@@ -319,8 +438,10 @@ def _down(
         column = start + lane
         known = column < size
         value = tl.load(x + slot[:, None] * size + column[None], mask=(slot < r)[:, None] & known[None], other=0.0)
-        if permuted:
+        if layout == 1:
             column = start + lane - lane % 8 + tl.where(lane % 8 < 4, 2 * (lane % 8) + 1, 2 * (lane % 8) - 8)
+        elif layout == 2:
+            column = column % (size // 8) * 8 + column // (size // 8)
         down = tl.load(a + inner[:, None] * size + column[None], mask=(inner < rank)[:, None] & known[None], other=0.0)
         total = tl.dot(value, tl.trans(down.to(value.dtype)), total, input_precision="ieee")
     place = z + (part * r + slot[:, None]) * (rank0 + rank1 + rank2) + offset + inner[None]
@@ -328,7 +449,7 @@ def _down(
 
 
 @triton.jit
-def _embed(tokens, table, norm_weight, residual, y, sums, size, permuted: tl.constexpr, block: tl.constexpr, pdl: tl.constexpr):  # fmt: skip  # noqa: E501
+def _embed(tokens, table, norm_weight, residual, y, sums, size, layout: tl.constexpr, block: tl.constexpr, pdl: tl.constexpr):  # fmt: skip  # noqa: E501
     """The residual stream's beginning: one program a row."""
     if pdl:
         tl.extra.cuda.gdc_launch_dependents()
@@ -341,5 +462,5 @@ def _embed(tokens, table, norm_weight, residual, y, sums, size, permuted: tl.con
     tl.store(residual + row * size + column, value, mask=inside)
     value = value.to(tl.float32)
     weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * size + _order(column, permuted), value * weight, mask=inside)
+    tl.store(y + row * size + _order(column, size, layout), value * weight, mask=inside)
     tl.store(sums + row, tl.sum(value * value, 0))

@@ -13,11 +13,17 @@ import triton
 from torch import Tensor
 
 from litlora.ops.decode_kernels import (
+    ASKING,
     BLOCK,
+    EIGHTS,
     FOUR_BIT,
     FP8,
     MOST_ROWS,
+    MINE,
     OPERANDS,
+    OPERANDS_ASKING,
+    PLAIN,
+    PLANES,
     RANKS,
     STORE,
     UNPACKING,
@@ -37,7 +43,8 @@ class Weight:
     size: int
     scales: Tensor | None = None  # of rows (O,) in fp8; absmax in 4 bits
     nested: tuple[Tensor, Tensor, Tensor] | None = None  # of the absmax itself: absmax, code, offset
-    table: Tensor | None = None  # `byte_planes` of the 4-bit code, or the code itself where there is no PTX
+    # `byte_planes` of the 4-bit code and the bits of the code itself (24,) int32; only the code where there is no PTX
+    table: Tensor | None = None
     bias: Tensor | None = None  # (O,)
 
 
@@ -59,9 +66,16 @@ class Tile:
     warps: int
     stages: int = 1
     splits: int = 1
+    ahead: int = 0  # bytes of each row that a program has brought into the card's cache before it may read its x
+    flat: bool = False  # one row of x, without tensor cores
 
 
 FEW = 8192  # rows, below which a program takes fewer of them, so that every multiprocessor has work
+
+
+def layout_of(words: bool, rows: int) -> int:
+    """How an input lies that 4-bit linears read (`words`) or others."""
+    return PLAIN if not words else PLANES if rows == 1 else EIGHTS
 
 
 def tile_of(weight: Weight, outputs: int, rows: int, dtype: torch.dtype) -> Tile:
@@ -70,13 +84,12 @@ def tile_of(weight: Weight, outputs: int, rows: int, dtype: torch.dtype) -> Tile
     if dtype == torch.float32:  # no tensor cores: small enough for the registers
         return Tile(16, 64, 4) if weight.form == FOUR_BIT else Tile(16, 32, 4, stages=2)
     if weight.form == FOUR_BIT:
-        columns = min(256, max(128, 1024 // rows))  # the product's blocks and rows fill the 16 that it is padded to
-        if few and rows == 1:
-            return Tile(16, columns, 8, splits=4)
-        return Tile(32, columns, 4)
-    if few:
-        return Tile(16, 256, 2, stages=4)
-    return Tile(32, 256, 4, stages=4) if weight.form == FP8 else Tile(32, 128, 4, stages=4)
+        if rows == 1:
+            return Tile(16, 1024, 8) if few else Tile(32, 512, 4)
+        return Tile(16, 256, 4, splits=4) if rows <= 4 else Tile(32, 128, 8, splits=2)
+    if rows == 1:
+        return Tile(8, 1024, 4, stages=4, flat=True)
+    return Tile(32, 256, 4, stages=4) if weight.form == FP8 and not few else Tile(16, 256, 2, stages=4)
 
 
 def _power(n: int) -> int:
@@ -94,23 +107,24 @@ class Linear:
         rows: int,
         dtype: torch.dtype,
         *,
-        permuted: bool = False,
+        words: bool = False,
         pdl: bool = False,
         ahead: bool = False,
     ) -> None:
-        """`permuted`: what is written is read by a 4-bit linear. `ahead`: with `pdl`, all of the weights are fetched
+        """`words`: what is written is read by a 4-bit linear. `ahead`: with `pdl`, all of the weights are fetched
         into the card's cache while the kernel in front still runs. All weights are of one format and size."""
         first = weights[0]
         self.weights, self.factors, self.mode, self.rows = weights, factors, mode, rows
-        self.permuted, self.pdl = permuted, pdl
+        self.layout, self.pdl = layout_of(words, rows), pdl
         self.size, self.outputs = first.size, sum(weight.rows for weight in weights)
         self.tile = tile_of(first, self.outputs, rows, dtype)
         self.blocks = triton.cdiv(first.rows, self.tile.rows)  # of sums of squares, in mode ADD
         self.row_bytes = first.data.element_size() * first.data.numel() // first.rows
         # one for each thread, in multiples of the 16 bytes that the card takes
         self.pieces = max(1, 32 * self.tile.warps // self.tile.rows)
-        self.piece = min(self.row_bytes, 16 * triton.cdiv(self.row_bytes, 16 * self.pieces))
-        if not (ahead and pdl and self.row_bytes % 16 == 0):
+        fetched = self.row_bytes if ahead else min(self.tile.ahead, self.row_bytes)
+        self.piece = min(self.row_bytes, 16 * triton.cdiv(fetched, 16 * self.pieces))
+        if not (fetched and pdl and self.row_bytes % 16 == 0):
             self.pieces = 0
         self.bias: Tensor | None = None
         if any(weight.bias is not None for weight in weights):
@@ -156,19 +170,21 @@ class Linear:
         four_bit, m = first.form == FOUR_BIT, MOST_ROWS
         if four_bit:
             m = max(m, tile.columns // BLOCK * tile.splits * rows)
-        asm = four_bit and first.table is not None and first.table.dtype == torch.int32
+        asm: tuple[str | None, str] = (ASKING, OPERANDS_ASKING) if rows == 1 else (UNPACKING, OPERANDS)
+        if not (four_bit and first.table is not None and first.table.dtype == torch.int32):
+            asm = None, ""
         _linear[(sum(programs) if self.mode == STORE else programs[0],)](
             x, sums, blocks, eps, *(weight.data for weight in weights), *scales, *(n[0] for n in nested),
             *(n[2] for n in nested), nested[0][1], first.data if first.table is None else first.table,
             x if self.bias is None else self.bias, x if self.z is None else self.z, *sides, *self.ranks,
             *(0.0 if f is None else f.factor for f in adapted), y, stream, norm_weight, new_sums, self.size, *count,
             self.row_bytes, self.piece,
-            mode=self.mode, form=first.form, nested=first.nested is not None, asm=UNPACKING if asm else None,
-            operands=OPERANDS, norm=norm is not None, biased=self.bias is not None,
+            mode=self.mode, form=first.form, nested=first.nested is not None, asm=asm[0],
+            operands=asm[1], mine=MINE, norm=norm is not None, biased=self.bias is not None,
             most=RANKS * triton.cdiv(max(self.ranks), RANKS), parts=1 if self.z is None else self.parts, step=RANKS,
             r=rows, m=m, splits=tile.splits, tile_o=tile.rows, tile_i=tile.columns, stages=tile.stages,
-            even=self.size % tile.columns == 0, blocks_block=_power(blocks), permuted=self.permuted, pdl=self.pdl,
-            pieces=self.pieces, num_warps=tile.warps, **_options(self.pdl),
+            even=self.size % tile.columns == 0, blocks_block=_power(blocks), layout=self.layout, pdl=self.pdl,
+            pieces=self.pieces, flat=tile.flat, num_warps=tile.warps, **_options(self.pdl),
         )  # fmt: skip
 
     def _launch_down(self, x: Tensor, adapted: Sequence[Factors | None]) -> None:
@@ -177,7 +193,7 @@ class Linear:
         programs = sum(triton.cdiv(rank, RANKS) for rank in self.ranks)
         _down[(programs, self.parts)](
             x, *tops, *self.ranks, self.z, self.size, r=self.rows, m=MOST_ROWS, parts=self.parts, tile_i=64,
-            permuted=self.weights[0].form == FOUR_BIT, step=RANKS, pdl=self.pdl, num_warps=4, **_options(self.pdl),
+            layout=layout_of(self.weights[0].form == FOUR_BIT, self.rows), step=RANKS, pdl=self.pdl, num_warps=4, **_options(self.pdl),
         )  # fmt: skip
 
 
@@ -189,14 +205,14 @@ def embed(
     y: Tensor,
     sums: Tensor,
     *,
-    permuted: bool,
+    words: bool,
     pdl: bool,
 ) -> None:
     """Rows of the embedding `table` (V, C) for tokens (R,) to the residual stream (R, C); times the first norm's weight
-    to y (R, C); their sums of squares (R, 1)."""
+    to y (R, C); their sums of squares (R, 1). `words`: 4-bit linears read it."""
     size = table.shape[1]
     _embed[(len(tokens),)](
-        tokens, table, weight, residual, y, sums, size, permuted=permuted, block=_power(size), pdl=pdl, num_warps=8,
+        tokens, table, weight, residual, y, sums, size, layout=layout_of(words, len(tokens)), block=_power(size), pdl=pdl, num_warps=8,
         **_options(pdl),
     )  # fmt: skip
 
