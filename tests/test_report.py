@@ -341,6 +341,7 @@ def test_quiet_says_the_closing_figures_only(trained: tuple[Path, str]) -> None:
     assert "training step" not in said
     assert "step 4: validation loss" not in said
     assert "model: " not in said
+    assert "data: " not in said
     assert "Training time: " in said
     assert "Validation loss: " in said
 

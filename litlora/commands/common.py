@@ -101,7 +101,8 @@ def tokenize(args: DataArgs, rows: Sequence[Row], base: Base, style: PromptStyle
     except InputError as error:
         path = args.val_path if what == "validation data" and args.val_path else args.data_path
         raise InputError(f"{error}\n  file:   {path or args.data}") from None
-    report_counts(dataset, what, length, args.on_overlong)
+    quiet = getattr(args, "quiet", False) and not getattr(args, "dry_run", False)  # finetune_lora's
+    report_counts(dataset, what, length, quiet=quiet)
     return dataset
 
 
@@ -160,18 +161,19 @@ def held_out(rows: Sequence[Row], args: DataArgs) -> list[Row]:
     return [rows[i] for i in split(len(rows), args.val_split, args.seed)[1]]
 
 
-def report_counts(dataset: Dataset, what: str, length: int, on_overlong: str) -> None:
-    """What became of the rows, on one line and only where there is something to say."""
+def report_counts(dataset: Dataset, what: str, length: int, *, quiet: bool) -> None:
+    """What became of the rows, on one line; `quiet`: only where some are not as they were."""
     counts = dataset.counts
     text = f"{what}: {counts.rows:,} rows, {counts.tokens:,} tokens, {counts.trained_tokens:,} of them trained"
-    for number, what_happened in (
+    changes = [
         (counts.truncated, f"truncated to {length} tokens (these end without eos)"),
         (counts.dropped, f"longer than {length} tokens and dropped"),
         (counts.straddling, "with a token across the prompt's end, tokenized in two parts"),
         (counts.masked, "without any trained token"),
-    ):
-        text += f"; {number:,} {what_happened}" if number else ""
-    say(text)
+    ]
+    found = [f"{number:,} {what_happened}" for number, what_happened in changes if number]
+    if found or not quiet:
+        say("; ".join([text, *found]))
 
 
 def record_style(style: PromptStyle) -> tuple[str, str | None]:
