@@ -81,7 +81,7 @@ def live(step: Step, totals: Totals, device: torch.device) -> dict[str, str]:
         "loss": f"{step.loss:.4f}",
         "lr": f"{step.learning_rate:.2e}",
         "tokens/s": f"{totals.tokens / totals.seconds:,.0f}",
-        "GB": f"{peak_memory(device):.2f}",
+        "mem": f"{peak_memory(device):.2f} GB",
     }
 
 

@@ -83,7 +83,7 @@ def _settings(about: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"    {line}" for line in visible(about["template"]).split("\n"))
     before = " ".join(map(_token, about["added_before"]))
     yield f"the tokenizer adds {before or 'nothing'} before a text"
-    yield "rows end with " + ", ".join(f"{_token(end)} {end['rows']:,} times" for end in about["ends"])
+    yield "rows end with " + ", ".join(f"{_token(end)} {end['rows']:,}×" for end in about["ends"])
     yield f"generation stops at {', '.join(map(_token, about['stop_tokens']))}"
 
 
