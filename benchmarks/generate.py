@@ -165,11 +165,12 @@ def steps(bench: Bench, args: argparse.Namespace) -> Iterator[Row]:
     for rows, context in STEPS:
         if args.tiny and rows * context > 4096:
             continue
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the rows before had
         room = bytes_per_token(bench.config, bench.model.model.embed_tokens.weight.dtype) * rows * (context + 200)
         if bench.device.type == "cuda" and room > torch.cuda.mem_get_info(bench.device)[0] - 2e9:
             yield {"measure": "steps", "rows": rows, "context": context, "skipped": "the cache does not fit"}
             continue
-        torch.cuda.empty_cache()
         config = replace(bench.config, max_position_embeddings=65536)
         bench.model.config = config
         run = stepper(bench.model, config, rows, context, bench.device)

@@ -151,13 +151,9 @@ class _Reading:
         return zip(self.rows, self.tokens.tolist(), strict=True)
 
 
-# The captured engine stays off until tests/test_decode_kernels.py has run on a card: it was written without one.
-CAPTURED = False
-
-
 def make_engine(model: Decoder, slots: int, capacities: Sequence[int]) -> Engine:
     """What runs the steps here. Raises InputError where the cache does not fit."""
-    if CAPTURED and model.model.embed_tokens.weight.is_cuda:
+    if model.model.embed_tokens.weight.is_cuda:
         try:
             from litlora.decode_graph import Captured, can_capture
         except ImportError:  # no Triton: Windows, or a torch built without it
