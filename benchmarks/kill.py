@@ -44,6 +44,8 @@ SETTINGS: dict[str, dict[str, object]] = {
     "nf4": {"precision": "32-true", "quantize": "bnb.nf4"},
     "nf4-bf16": {"precision": "bf16-true", "quantize": "bnb.nf4-dq"},
     "adamw_8bit": {"precision": "32-true", "optimizer": "adamw_8bit"},
+    "cuda": {"accelerator": "cuda", "deterministic": "true", "precision": "bf16-true"},
+    "cuda-nf4": {"accelerator": "cuda", "deterministic": "true", "precision": "bf16-true", "quantize": "bnb.nf4-dq"},
 }
 MOMENTS = ("any moment", "a write", "a micro-batch", "a validation batch")
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", "litlora.json")

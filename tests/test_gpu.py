@@ -102,9 +102,11 @@ def test_loss_and_gradients_are_those_of_the_cpu(quantize: str | None) -> None:
         gradients = [p.grad.cpu() for p in model.parameters() if p.grad is not None]
         results.append((loss.detach().cpu(), gradients))
     (cpu_loss, cpu_gradients), (gpu_loss, gpu_gradients) = results
-    torch.testing.assert_close(cpu_loss, gpu_loss, rtol=1e-3, atol=0)
+    # the two devices quantize some bytes differently: see above
+    loss_error, gradient_error = (1e-3, 2e-2) if quantize else (1e-5, 1e-3)
+    torch.testing.assert_close(cpu_loss, gpu_loss, rtol=loss_error, atol=0)
     for ours, theirs in zip(gpu_gradients, cpu_gradients, strict=True):
-        assert (ours - theirs).norm() <= 2e-2 * theirs.norm()
+        assert (ours - theirs).norm() <= gradient_error * theirs.norm()
 
 
 def test_bf16_weights_are_freed_tensor_by_tensor() -> None:
@@ -136,13 +138,11 @@ def test_a_whole_run(flags: dict[str, Any], tmp_path: Path, capsys: pytest.Captu
         losses = [float(row["loss"]) for row in csv.DictReader(stream)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     model = ["--checkpoint_dir", str(base), "--lora_path", str(tmp_path / "run")]
-    model += ["--quantize", flags["quantize"]] if "quantize" in flags else []
-    line = ["validate", *model, "--data_path", str(data), "--mask_prompt", "true"]
-    assert call([*line, *(["--precision", flags["precision"]] if "precision" in flags else [])]) == 0
+    assert call(["validate", *model]) == 0  # in the run's formats, on its rows
     val_loss = json.loads(capsys.readouterr().out)["val_loss"]
-    assert val_loss == pytest.approx(
-        json.loads((tmp_path / "run" / "summary.json").read_text())["best_val_loss"], rel=1e-4
-    )
+    best = json.loads((tmp_path / "run" / "summary.json").read_text())["best_val_loss"]
+    assert val_loss == pytest.approx(best, rel=0, abs=1e-5)
+    model += ["--quantize", flags["quantize"]] if "quantize" in flags else []
     line = ["generate", *model, "--prompt", "What is 59 minus 38?", "--temperature", "0", "--max_new_tokens", "8"]
     assert call(line) == 0
     assert capsys.readouterr().out.strip()

@@ -238,7 +238,7 @@ def test_data_flags_are_the_runs_unless_given(qlora: Qlora, tmp_path: Path, caps
 
     count, masked, said = rows()
     assert count == 30
-    assert f"data flags as in {qlora.out / 'hyperparameters.yaml'}: --data_path {DATA} --val_split 30.0 " in said
+    assert f"data flags as in {qlora.out / 'hyperparameters.yaml'}: --data_path {DATA} --val_split 30 " in said
     assert rows(mask_prompt="false")[1] > 2 * masked
     assert rows(val_split=7)[0] == 7
     few = tmp_path / "few.json"

@@ -29,7 +29,9 @@ def as_in_the_run(args: Args, directory: Path, given: frozenset[str]) -> Args:
     defaults = {field.name: field.default for field in fields(DataArgs) if field.name not in kept}
     settings = read_settings(file, list(defaults))
     changed = [
-        f"--{name} {value}".replace(" True", " true") for name, value in settings.items() if value != defaults[name]
+        f"--{name} {value:g}" if type(value) is float else f"--{name} {value}".replace(" True", " true")
+        for name, value in settings.items()
+        if value != defaults[name]
     ]
     say(f"data flags as in {file}: {' '.join(changed) or 'the defaults'}")
     return replace(args, **settings)
