@@ -133,6 +133,23 @@ def test_linears_of_a_norm(ranks: tuple[int, ...], keep: Keep, base: str | None,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "out", "r"), [(300, 200, 8), (70, 96, 64), (1, 5, 3)])
+def test_the_gradient_of_b_and_what_goes_down_to_a(rows: int, out: int, r: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(8)
+    dy, z, b = random(rows, out).to(dtype), random(rows, 3 * r).to(dtype)[:, r : 2 * r], random(out, r).to(dtype)
+    dz = torch.zeros(rows, 2 * r, dtype=dtype, device=DEVICE)
+    db = kernels.low_rank_gradients(dy, z, b, dz[:, r:], 0.5)
+    assert db.dtype == torch.float32
+    assert not dz[:, :r].any()
+    torch.testing.assert_close(db, 0.5 * dy.float().t() @ z.float(), rtol=1e-4, atol=1e-3)
+    wanted = dy.double() @ b.double()
+    off, allowed = (dz[:, r:].double() - wanted).norm(), (wanted.to(dtype).double() - wanted).norm()
+    assert off <= 1.2 * allowed + 1e-6 * wanted.norm()
+    again = kernels.low_rank_gradients(dy, z, b, torch.zeros_like(dz)[:, r:], 0.5)
+    assert torch.equal(again, db)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("r", [0, 4, 80])
 def test_linear_add(r: int, dtype: torch.dtype) -> None:
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
@@ -151,6 +168,7 @@ def test_norm_and_mlp(
     ranks: tuple[int, int, int], keep: Keep, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "TILE", 16)  # of 40 rows: three tiles
+    monkeypatch.setattr(fused, "TOGETHER", 0)
 
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
         torch.manual_seed(3)

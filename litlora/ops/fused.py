@@ -23,6 +23,7 @@ from litlora.ops.parts import Parts, parts_of
 from litlora.ops.reference import Keep
 from litlora.ops.table import Ops
 
+TOGETHER = 2048  # tokens from which on one kernel for the gradients of B and z is faster than a product each
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -120,8 +121,8 @@ class Group:
             return None, found
         dz = torch.empty_like(z)
         for (index, p), part, low, b in zip(self.adapted, self._split(dz), self._split(z), self.b, strict=True):
-            if b.shape[1] <= kernels.LARGEST_RANK:
-                found[2 * index + 1] = kernels.low_rank_gradients(dys[index], low, b, part) * p.scale
+            if b.shape[1] <= kernels.LARGEST_RANK and len(low) >= TOGETHER:
+                found[2 * index + 1] = kernels.low_rank_gradients(dys[index], low, b, part, p.scale)
             else:
                 torch.mm(dys[index], b, out=part)
                 found[2 * index + 1] = fp32_mm(dys[index].t(), low) * p.scale

@@ -341,9 +341,33 @@ def _low_rank_gradients(
     tl.store(dz + place, total, mask=here & deep)
 
 
-def low_rank_gradients(dy: Tensor, z: Tensor, b: Tensor, dz: Tensor) -> Tensor:
-    """dy (N, O), z (N, R) whose rows may be strided, b (O, R) -> dyᵀ z (O, R) fp32; dy b goes into dz (N, R), which may
-    be strided. Both from one reading of dy, summed in pieces, always in the same order."""
+@triton.jit
+def _sum_of_parts(parts, y, first, size, rank, stride, count, factor, block: tl.constexpr):
+    place = first * block + tl.arange(0, block)
+    inside = place < size
+    total = tl.zeros((block,), tl.float32)
+    parts += place
+    for _ in range(count):
+        total += tl.load(parts, mask=inside, other=0.0)
+        parts += size
+    tl.store(y + (place // rank).to(tl.int64) * stride + place % rank, total * factor, mask=inside)
+
+
+@triton.jit(do_not_specialize=["dz_size", "dz_programs", "dz_count", "db_count"])
+def _sum_gradients(
+    dz_parts, db_parts, dz, db, dz_size, db_size, rank, dz_stride, dz_programs, dz_count, db_count, scale,
+    block: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    if program < dz_programs:
+        _sum_of_parts(dz_parts, dz, program, dz_size, rank, dz_stride, dz_count, 1.0, block)
+    else:
+        _sum_of_parts(db_parts, db, program - dz_programs, db_size, rank, rank, db_count, scale, block)
+
+
+def low_rank_gradients(dy: Tensor, z: Tensor, b: Tensor, dz: Tensor, scale: float) -> Tensor:
+    """dy (N, O), z (N, R) whose rows may be strided, b (O, R) -> scale · dyᵀ z (O, R) fp32; dy b goes into dz (N, R),
+    which may be strided. Both from one reading of dy, summed in pieces, always in the same order."""
     (rows, size), rank = dy.shape, b.shape[1]
     wide = dy.dtype != torch.float32
     tile, block, r = 256 if wide else 64, 64, max(16, _power(rank))
@@ -356,8 +380,13 @@ def low_rank_gradients(dy: Tensor, z: Tensor, b: Tensor, dz: Tensor) -> Tensor:
         dy, z, b, dz_parts, db_parts, rows, size, rank, z.stride(0), share,
         tile=tile, block=block, r=r, num_warps=8, num_stages=3,
     )  # fmt: skip
-    torch.sum(dz_parts, 0, dtype=dz.dtype, out=dz) if dz.is_contiguous() else dz.copy_(dz_parts.sum(0))
-    return db_parts.sum(0)
+    db, many = torch.empty(size, rank, dtype=torch.float32, device=dy.device), 512
+    dz_programs = triton.cdiv(rows * rank, many)
+    _sum_gradients[(dz_programs + triton.cdiv(size * rank, many),)](
+        dz_parts, db_parts, dz, db, rows * rank, size * rank, rank, dz.stride(0), dz_programs, splits, tiles, scale,
+        block=many, num_warps=4,
+    )  # fmt: skip
+    return db
 
 
 GRADIENT_PROGRAMS = 264  # two for each multiprocessor of an H100
