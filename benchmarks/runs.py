@@ -22,9 +22,10 @@ from litlora.metrics import peak_memory, reset_peak_memory
 from litlora.model import CausalLoss, Decoder
 from litlora.ops import Ops, fastest
 from litlora.optimizers import make_optimizer, make_schedule, require_optimizer
-from litlora.pace import choose_micro_batch
-from litlora.packing import Batch, micro_batches
+from litlora.pace import Card, choose_micro_batch, seconds_of_run
+from litlora.packing import Batch, micro_batches, packs
 from litlora.precision import RunPrecision, pick_device
+from litlora.recompute import Kept
 from litlora.train import FabricPrecision, Step, train
 
 Row = dict[str, Any]
@@ -79,9 +80,17 @@ class Run:
         )  # fmt: skip
         longest, memory = int(self.data.lengths.max()), usable_memory(self.device)
         memory = setting.card_gb * 1e9 if setting.card_gb and memory else memory
-        micro = choose_micro_batch(recipe, longest, memory, setting.checkpointing)
-        micro = replace(micro, tokens=setting.length or micro.tokens)
-        self.row["predicted_peak_gb"] = recipe.footprint(micro).peak / 1e9
+        kept = Kept.parse(setting.checkpointing, self.config.num_hidden_layers)
+        micro = choose_micro_batch(recipe, longest, memory, kept, setting.length)
+        lengths = [
+            self.data.lengths[p] for rows in self.plan() for p in packs(self.data, rows, max_tokens=micro.tokens)
+        ]
+        largest = replace(micro, tokens=max(int(pack.sum()) for pack in lengths))
+        self.row["predicted_peak_gb"] = recipe.footprint(largest).peak / 1e9
+        if (card := Card.measured(self.device)) is not None:
+            tokens = sum(int(pack.sum()) for pack in lengths)
+            self.row["predicted_tokens_per_second"] = tokens / seconds_of_run(recipe, micro, lengths, card)
+            self.row["card_matmul"], self.row["card_memory"] = card.matmul, card.memory
         decoder.kept = micro.kept
         return micro
 

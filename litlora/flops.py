@@ -46,14 +46,27 @@ class StepFlops:
         return cls(
             per_token=(4 + again) * block + (6 + again) * adapter,
             per_trained_token=4 * head_out * head_in + 6 * head_adapter,
-            per_pair=(12 + 2 * again) * config.num_attention_heads * config.head_dim,
-            windows=config.sliding_windows or (None,) * config.num_hidden_layers,
+            per_pair=_per_pair(config, recomputed),
+            windows=_windows(config),
         )
 
     def count(self, lengths: npt.NDArray[np.int64], trained_tokens: int) -> float:
         """FLOP of a step over rows of these lengths, of which so many tokens are trained."""
         pairs = sum(_pairs(lengths, window) for window in self.windows)
         return self.per_token * int(lengths.sum()) + self.per_trained_token * trained_tokens + self.per_pair * pairs
+
+
+def attention_flop(config: ModelConfig, lengths: npt.NDArray[np.int64], recomputed: int) -> float:
+    """Of a step over rows of these lengths, in all layers, of which so many are computed again."""
+    return _per_pair(config, recomputed) * sum(_pairs(lengths, window) for window in _windows(config))
+
+
+def _per_pair(config: ModelConfig, recomputed: int) -> float:
+    return (12 + 4 * recomputed / config.num_hidden_layers) * config.num_attention_heads * config.head_dim
+
+
+def _windows(config: ModelConfig) -> Sequence[int | None]:
+    return config.sliding_windows or (None,) * config.num_hidden_layers
 
 
 def _pairs(lengths: npt.NDArray[np.int64], window: int | None) -> int:

@@ -34,8 +34,12 @@ class MicroBatch:
     """How a step is cut, at most `tokens` a micro-batch (a longer row goes alone), and what its blocks keep."""
 
     tokens: int
-    policy: str = "none"  # of litlora.recompute.Kept
+    policy: str = "none"  # as in litlora.recompute.Kept
     blocks: int = 0
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES or self.tokens < 1 or self.blocks < 0:
+            raise ValueError(f"not a micro-batch: {self}")
 
     @property
     def kept(self) -> Kept:

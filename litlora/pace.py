@@ -1,23 +1,27 @@
 """How long a token takes, and by that the fastest way to cut a run into micro-batches that fits the memory.
 
-A model of the card in three figures: the rate of its products, that of its memory, and tokens from which on products are
-efficient. The constants were fitted to an H100's steps (benchmarks/RESULTS.md says how far off it is).
+A model of the card in three figures: the rate of its products, that of its memory, and the tokens from which on products
+are efficient. The constants were fitted to an H100's steps (benchmarks/RESULTS.md says how far off it is).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from litlora.flops import matmul_rate
+from litlora.flops import attention_flop, matmul_rate
 from litlora.memory import QUANTIZED, MicroBatch, Recipe
+from litlora.recompute import Kept
 
 CPU_TOKENS = 2048  # enough for the products' speed, small enough for the caches
 GPU_TOKENS = 9216  # from here on longer packs are no faster; 128 rows of Alpaca are two such, of 8,170 on average
 HALF = 200  # tokens at which products reach half of their rate
 PASSES = 10  # of what blocks keep through the memory: everything but products, forward and backward
+ATTENTION = 0.5  # of the rate of products, over long rows; what short ones take is in PASSES
 FP8 = 2.0  # times the 16-bit rate of products
 
 
@@ -71,29 +75,42 @@ def _unpacking(recipe: Recipe, micro: MicroBatch) -> float:
     return (2 + again) * (QUANTIZED[recipe.quantize] + recipe.compute.itemsize)
 
 
-def choose_micro_batch(recipe: Recipe, longest: int, memory: float | None, checkpointing: str) -> MicroBatch:
-    """The fastest that `memory` bytes of a GPU hold, as far as known beforehand; None for a CPU. `checkpointing`: auto,
-    or a policy. Where nothing fits, what holds least."""
+def choose_micro_batch(
+    recipe: Recipe, longest: int, memory: float | None, kept: Kept | None = None, tokens: int | None = None
+) -> MicroBatch:
+    """The fastest that `memory` bytes of a GPU hold, as far as known beforehand; None for a CPU. `kept` and `tokens`
+    may be given; `longest` is the longest row. Where nothing fits, what holds least."""
     layers = recipe.config.num_hidden_layers
     if memory is None:
-        policy = "none" if checkpointing == "auto" else checkpointing
-        return MicroBatch(max(CPU_TOKENS, longest), policy, layers if policy in ("full", "offload") else 0)
-    found = list(_fitting(recipe, longest, memory, checkpointing))
+        kept = kept or Kept()
+        return MicroBatch(max(tokens or CPU_TOKENS, longest), kept.policy, kept.blocks)
+    ways = [("none", 0), ("selective", 0), *(("full", blocks) for blocks in range(1, layers + 1)), ("offload", layers)]
+    if kept is not None:
+        ways = [(kept.policy, kept.blocks)]
+    found = list(_fitting(recipe, longest, memory, ways, tokens))
     if found:
         return min(found, key=lambda micro: seconds_per_token(recipe, micro))
-    policy = "full" if checkpointing == "auto" else checkpointing
-    return MicroBatch(longest, policy, layers if policy in ("full", "offload") else 0)
+    return MicroBatch(max(tokens or longest, longest), *ways[-1])
 
 
-def _fitting(recipe: Recipe, longest: int, memory: float, checkpointing: str) -> Iterator[MicroBatch]:
-    """Of each way to keep, the largest micro-batch, up to GPU_TOKENS or the longest row."""
-    layers = recipe.config.num_hidden_layers
-    ways = [("none", 0), ("selective", 0), *(("full", blocks) for blocks in range(1, layers + 1)), ("offload", layers)]
+def _fitting(
+    recipe: Recipe, longest: int, memory: float, ways: list[tuple[str, int]], tokens: int | None
+) -> Iterator[MicroBatch]:
+    """Of each way to keep, the largest micro-batch, up to GPU_TOKENS or the longest row; or the one of `tokens`."""
     for policy, blocks in ways:
-        if checkpointing == "auto" or (policy == checkpointing and blocks in (0, layers)):
-            room = recipe.room(memory, policy, blocks)
-            if room >= longest:
-                yield MicroBatch(max(longest, min(GPU_TOKENS, room)), policy, blocks)
+        room = recipe.room(memory, policy, blocks)
+        if room >= max(longest, tokens or 0):
+            yield MicroBatch(max(longest, tokens or min(GPU_TOKENS, room)), policy, blocks)
+
+
+def seconds_of_run(recipe: Recipe, micro: MicroBatch, packs: Sequence[npt.NDArray[np.int64]], card: Card) -> float:
+    """Of micro-batches whose rows have the lengths of `packs`, optimizer steps not included."""
+    total = 0.0
+    for lengths in packs:
+        tokens = int(lengths.sum())
+        total += tokens * seconds_per_token(recipe, replace(micro, tokens=tokens), card)
+        total += attention_flop(recipe.config, lengths, micro.blocks) / (ATTENTION * card.matmul)
+    return total
 
 
 def _copy_rate(device: torch.device) -> float:

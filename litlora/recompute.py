@@ -3,6 +3,7 @@ inputs, or those in the host's memory."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,21 @@ class Kept:
 
     policy: str = "none"
     blocks: int = 0
+
+    @classmethod
+    def parse(cls, text: str, layers: int) -> Kept | None:
+        """A policy, for all of a model's `layers` or, as `full:20`, for so many blocks. None where it is none."""
+        found = re.fullmatch(r"(none|selective)|(full|offload)(?::([1-9]\d{0,5}))?", text)
+        if found is None:
+            return None
+        if found[1]:
+            return cls(found[1])
+        blocks = int(found[3] or layers)
+        return cls(found[2], blocks) if blocks <= layers else None
+
+    def text(self, layers: int) -> str:
+        """What `parse` takes."""
+        return f"{self.policy}:{self.blocks}" if 0 < self.blocks < layers else self.policy
 
     def runner(self, masks: Masks | None) -> Runner:
         return Runner(self, masks)

@@ -329,7 +329,10 @@ def _parse(cls: type[T], raw: object, file: Path) -> T:
     wrong += [name for name, kind in wanted.items() if name in raw and type(raw[name]) not in kind]
     if wrong:
         raise _damaged(file, ", ".join(wrong))
-    return cls(**raw)
+    try:
+        return cls(**raw)
+    except ValueError as error:
+        raise _damaged(file, error) from error
 
 
 def _digest(header: bytes) -> str:

@@ -874,6 +874,8 @@ flags(RUNNING, {"seed": 2**70}, "--seed", str(2**70), "0 to ")
 flags((FINETUNE,), {"micro_batch_tokens": 64, "micro_batch_size": 2}, "micro-batch", "--micro_batch_size")
 flags(DATA, {"on_overlong": "cut"}, "--on_overlong", "cut", "truncate")
 flags(DATA, {"data": "alpacca"}, "--data", "alpacca", "dolly")
+flags((FINETUNE,), {"activation_checkpointing": "lean"}, "--activation_checkpointing", "lean", "selective")
+flags((FINETUNE,), {"activation_checkpointing": "full:7"}, "--activation_checkpointing", "full:7", "up to 2 blocks")
 flags((FINETUNE,), {"optimizer": "adan"}, "--optimizer", "adan", "adamw_8bit")
 flags((FINETUNE,), {"lr_schedule": "cosin"}, "--lr_schedule", "cosin", "linear")
 flags((FINETUNE,), {"lora_r": "eight"}, "--lora_r", "eight", "int")
@@ -1130,8 +1132,12 @@ PARTS = "base weights 0.01 GB, adapter with gradients and optimizer 0.00 GB, the
         ({}, f"{PARTS}2048 tokens\n  fix:    --micro_batch_tokens 1024"),
         ({"micro_batch_tokens": 90}, "--micro_batch_tokens 73"),
         ({"micro_batch_tokens": 16}, "--activation_checkpointing full"),
-        ({"micro_batch_tokens": 16, "activation_checkpointing": "full"}, "--quantize bnb.nf4-dq"),
-        ({"micro_batch_tokens": 16, "activation_checkpointing": "full", "quantize": "bnb.nf4"}, "--max_seq_length 36"),
+        ({"micro_batch_tokens": 16, "activation_checkpointing": "full:1"}, "--activation_checkpointing offload"),
+        ({"micro_batch_tokens": 16, "activation_checkpointing": "offload"}, "--quantize bnb.nf4-dq"),
+        (
+            {"micro_batch_tokens": 16, "activation_checkpointing": "offload", "quantize": "bnb.nf4"},
+            "--max_seq_length 36",
+        ),
         ({"micro_batch_size": 8}, "activations of 8 rows of up to 73 tokens\n  fix:    --micro_batch_size 4"),
         ({"micro_batch_size": 1}, "--activation_checkpointing full"),
     ],

@@ -141,10 +141,14 @@ def test_every_setting_trains(flags: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_checkpointing_gives_the_same_run_with_dropout(tmp_path: Path) -> None:
-    for name in ("none", "full"):
+    ways = ("none", "selective", "full:3", "full", "offload")
+    for name in ways:
         assert finetune(tmp_path / name, activation_checkpointing=name, lora_dropout=0.2) == 0
-    none, full = ([float(row["loss"]) for row in metrics(tmp_path / name)] for name in ("none", "full"))
-    assert none == pytest.approx(full, rel=1e-6)
+        kept = yaml.safe_load((tmp_path / name / "hyperparameters.yaml").read_text())["activation_checkpointing"]
+        assert kept == name
+    first, *others = ([float(row["loss"]) for row in metrics(tmp_path / name)] for name in ways)
+    for losses in others:
+        assert losses == pytest.approx(first, rel=1e-6)
 
 
 def test_starting_from_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

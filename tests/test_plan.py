@@ -22,6 +22,7 @@ from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_parameters
 from litlora.memory import MicroBatch, Recipe
 from litlora.pace import CPU_TOKENS, GPU_TOKENS, choose_micro_batch, seconds_per_token
 from litlora.packing import Batch
+from litlora.recompute import Kept
 from litlora.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -100,22 +101,24 @@ def test_the_room_is_the_last_micro_batch_that_fits(
 def test_more_memory_is_never_used_worse() -> None:
     recipe, seen = Recipe(LLAMA_7B, ALL), []
     for gigabytes in (15, 16, 18, 20, 24, 30, 40, 50, 80):
-        micro = choose_micro_batch(recipe, 500, gigabytes * 1e9, "auto")
+        micro = choose_micro_batch(recipe, 500, gigabytes * 1e9)
         assert recipe.footprint(micro).peak <= gigabytes * 1e9
         seen.append((seconds_per_token(recipe, micro), micro))
     assert seen == sorted(seen, key=lambda pair: -pair[0])
     assert {"none", "selective", "full"} <= {micro.policy for _, micro in seen}
     assert seen[-1][1] == MicroBatch(GPU_TOKENS, "none")
-    assert choose_micro_batch(recipe, 500, 14e9, "auto") == MicroBatch(500, "full", 32), "a row must go in"
-    assert choose_micro_batch(recipe, 9000, None, "auto") == MicroBatch(9000)
-    assert choose_micro_batch(recipe, 10, None, "full") == MicroBatch(CPU_TOKENS, "full", 32)
-    for policy in ("none", "selective", "full", "offload"):
-        assert choose_micro_batch(recipe, 500, 80e9, policy).policy == policy
+    assert choose_micro_batch(recipe, 500, 14e9) == MicroBatch(500, "offload", 32), "a row must go in"
+    assert choose_micro_batch(recipe, 9000, None) == MicroBatch(9000)
+    assert choose_micro_batch(recipe, 10, None, Kept("full", 32)) == MicroBatch(CPU_TOKENS, "full", 32)
+    for kept in (Kept(), Kept("selective"), Kept("full", 20), Kept("offload", 32)):
+        assert choose_micro_batch(recipe, 500, 80e9, kept).kept == kept
+    assert choose_micro_batch(recipe, 500, 80e9, tokens=2000) == MicroBatch(2000)
+    assert choose_micro_batch(recipe, 500, 18e9, tokens=2000).policy == "full", "these tokens do not fit otherwise"
 
 
 def test_a_long_row_goes_to_the_host_before_the_run_is_given_up() -> None:
     recipe = Recipe(LLAMA_7B, QV, "bnb.nf4-dq", lora_dtype=torch.bfloat16)
-    ways = [choose_micro_batch(recipe, tokens, 22e9, "auto").policy for tokens in (2000, 6000, 30_000, 60_000)]
+    ways = [choose_micro_batch(recipe, tokens, 22e9).policy for tokens in (2000, 6000, 30_000, 60_000)]
     assert ways == ["selective", "full", "full", "offload"]
 
 

@@ -20,7 +20,7 @@ import yaml
 from litlora import run_files, train
 from litlora.checkpoint import Shard, write_shard
 from litlora.cli import call
-from litlora.commands import finetune_lora, finetune_training
+from litlora.commands import finetune_job, finetune_lora, finetune_training
 from litlora.memory import MicroBatch
 from litlora.model import CausalLoss
 from litlora.resume import find_checkpoint
@@ -150,15 +150,15 @@ def test_what_was_fitted_to_the_free_memory_is_kept(
     tmp_path: Path, at_step: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free: dict[str, object] = {"micro_batch_size": "null"}
-    monkeypatch.setattr(finetune_lora, "choose_micro_batch", lambda *_: MicroBatch(90, "full", 3))
+    monkeypatch.setattr(finetune_job, "choose_micro_batch", lambda *_: MicroBatch(90, "full", 1))
     assert finetune(tmp_path / "whole", **free) == 0
     at_step(5, die)
     assert finetune(tmp_path / "run", **free) == 130
-    monkeypatch.setattr(finetune_lora, "choose_micro_batch", lambda *_: MicroBatch(2000))
+    monkeypatch.setattr(finetune_job, "choose_micro_batch", lambda *_: MicroBatch(2000))
     assert finetune(tmp_path / "run", **free) == 0
     assert not kill.differences(tmp_path / "whole", tmp_path / "run")
     found = settings(tmp_path / "run")
-    assert (found["micro_batch_tokens"], found["activation_checkpointing"]) == (90, "full")
+    assert (found["micro_batch_tokens"], found["activation_checkpointing"]) == (90, "full:1")
 
 
 def test_how_micro_batches_are_launched_does_not_depend_on_where_it_goes_on(

@@ -29,9 +29,9 @@ class Args(DataArgs):
         batch_size: examples per optimizer step
         micro_batch_tokens: tokens per micro-batch; as many as the free memory holds without it
         micro_batch_size: examples per micro-batch, instead of micro_batch_tokens
-        activation_checkpointing: what the backward pass works out again instead of keeping it: selective: norms and
-            SwiGLU; full: every block; offload: full, with the blocks' inputs in the host's memory; auto: the fastest
-            that fits, for as many blocks as it takes
+        activation_checkpointing: what the backward pass works out again instead of keeping it: none; selective: norms
+            and SwiGLU; full: every block, full:20 the first 20; offload: full, with the blocks' inputs in the host's
+            memory; auto: the fastest that fits
         epochs: passes over the data
         max_steps: optimizer steps at most
         weight_decay: AdamW's or SGD's, on all adapter weights
@@ -81,7 +81,7 @@ class Args(DataArgs):
     batch_size: int = 128
     micro_batch_tokens: int | None = None
     micro_batch_size: int | None = None
-    activation_checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "auto"
+    activation_checkpointing: str = "auto"
     epochs: int = 1
     max_steps: int | None = None
     weight_decay: float = 0.01

@@ -19,12 +19,14 @@ from litlora.decode import check_prompts
 from litlora.errors import InputError
 from litlora.load import meta_decoder, parameter_count
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_parameters
-from litlora.memory import Recipe
+from litlora.memory import Footprint, MicroBatch, Recipe
 from litlora.metrics import say
 from litlora.optimizers import require_optimizer
-from litlora.packing import step_plan
+from litlora.pace import choose_micro_batch
+from litlora.packing import packs, step_plan
 from litlora.peft_format import Adapter, targets_of
 from litlora.precision import RunPrecision, default_precision, pick_device
+from litlora.recompute import Kept
 from litlora.resume import Conditions, TrainingCheckpoint, find_checkpoint
 from litlora.run_files import RunFiles
 
@@ -63,6 +65,7 @@ def prepare(args: Args, given: frozenset[str]) -> Job:
     device = pick_device(args.accelerator)
     args = args if args.precision else replace(args, precision=default_precision(device))
     base = Base.open(args.checkpoint_dir, weights=not args.dry_run)
+    kept_of(args, base)
     checkpoint = base.weights.checkpoint if base.weights else None
     start = Adapter.open(args.lora_path, base.config, checkpoint) if args.lora_path else None
     lora = choose_lora(args, given, start)
@@ -135,6 +138,40 @@ def plan_steps(args: Args, data: TrainingData) -> Plan:
     if empty:
         say(f"warning: {empty:,} steps hold no trained token at all and are left out")
     return plan
+
+
+def kept_of(args: Args, base: Base) -> Kept | None:
+    """What --activation_checkpointing asks for; None for auto. Raises InputError."""
+    text, layers = args.activation_checkpointing, base.config.num_hidden_layers
+    if text == "auto":
+        return None
+    kept = Kept.parse(text, layers)
+    if kept is None:
+        wanted = f"auto, none, selective, full, offload, or full:N, offload:N with N up to {layers} blocks"
+        raise InputError("not a way to keep activations", where="--activation_checkpointing", got=text, wanted=wanted)
+    return kept
+
+
+def fit_micro_batch(job: Job, memory: float | None) -> MicroBatch:
+    """How steps are cut on a GPU with `memory` bytes for the run; None for a CPU."""
+    rows, longest = job.args.micro_batch_size, job.data.longest
+    tokens = rows * longest if rows else job.args.micro_batch_tokens
+    return choose_micro_batch(recipe_of(job), longest, memory, kept_of(job.args, job.base), tokens)
+
+
+def largest_pack(job: Job, micro: MicroBatch) -> list[int]:
+    """Of the whole run's micro-batches the examples of the one with most tokens, also in a resumed run: launched in
+    another way it would have other last digits."""
+    rows, lengths = job.args.micro_batch_size, job.data.dataset.lengths
+    cut = {"max_tokens": None if rows else micro.tokens, "max_rows": rows}
+    every = (pack for _, indices in job.plan for pack in packs(job.data.dataset, indices, **cut))
+    return max(every, key=lambda pack: (lengths[pack].sum(), lengths[pack].max()))
+
+
+def expected_footprint(job: Job, micro: MicroBatch) -> Footprint:
+    """What the run will hold on a GPU, at its largest micro-batch."""
+    tokens = int(job.data.dataset.lengths[largest_pack(job, micro)].sum())
+    return recipe_of(job).footprint(replace(micro, tokens=tokens))
 
 
 def adapter_parameters(base: Base, lora: LoRA) -> int:

@@ -12,7 +12,16 @@ from lightning.fabric import Fabric
 from litlora import __version__
 from litlora.commands.common import record_style
 from litlora.commands.finetune_flags import Args, seconds_of
-from litlora.commands.finetune_job import DTYPES, Job, announce, prepare, recipe_of
+from litlora.commands.finetune_job import (
+    DTYPES,
+    Job,
+    announce,
+    expected_footprint,
+    fit_micro_batch,
+    kept_of,
+    largest_pack,
+    prepare,
+)
 from litlora.commands.finetune_report import Measures
 from litlora.commands.finetune_training import Training
 from litlora.commands.models import explained_memory
@@ -25,8 +34,7 @@ from litlora.metrics import Progress, reset_peak_memory, say
 from litlora.model import CausalLoss, Decoder
 from litlora.ops import fastest
 from litlora.optimizers import make_optimizer, make_schedule
-from litlora.pace import choose_micro_batch
-from litlora.packing import Batch, collate, micro_batches, packs
+from litlora.packing import Batch, collate, micro_batches
 from litlora.peft_format import Record, load_factors
 from litlora.resume import Totals
 from litlora.run_files import RunFiles
@@ -101,7 +109,7 @@ def set_up(job: Job, fabric: Fabric, decoder: Decoder) -> Training:
     decoder.kept = micro.kept
     settings = job.conditions.settings | {
         "micro_batch_tokens": None if args.micro_batch_size else micro.tokens,
-        "activation_checkpointing": micro.policy,
+        "activation_checkpointing": micro.kept.text(job.base.config.num_hidden_layers),
         "resume_override": False,  # it was meant for this once
     }
     conditions = replace(job.conditions, settings=settings, chosen=asdict(micro))
@@ -111,6 +119,7 @@ def set_up(job: Job, fabric: Fabric, decoder: Decoder) -> Training:
         checkpoint.restore(decoder, optimizer)
         totals, metrics = checkpoint.totals, files.resume(settings, checkpoint)
         say(f"resuming after step {totals.step:,} of {len(job.plan):,}, from {checkpoint.directory}")
+    say_micro_batches(job, micro)
     reset_peak_memory(job.device)
     measures = Measures.of(job.base.config, lora_modules(decoder), micro, job.precision)
     training = Training(
@@ -125,17 +134,22 @@ def set_up(job: Job, fabric: Fabric, decoder: Decoder) -> Training:
 
 def choose_micro(job: Job) -> MicroBatch:
     """What the free memory holds, or held when the run began; flags given by hand come first."""
-    args = job.args
-    if job.checkpoint is not None:
-        micro = job.checkpoint.chosen(MicroBatch)
-        if args.activation_checkpointing not in ("auto", micro.policy):
-            layers = job.base.config.num_hidden_layers
-            recomputed = args.activation_checkpointing in ("full", "offload")
-            micro = replace(micro, policy=args.activation_checkpointing, blocks=layers if recomputed else 0)
-    else:
-        memory = usable_memory(job.device)
-        micro = choose_micro_batch(recipe_of(job), job.data.longest, memory, args.activation_checkpointing)
-    return replace(micro, tokens=args.micro_batch_tokens or micro.tokens)
+    if job.checkpoint is None:
+        return fit_micro_batch(job, usable_memory(job.device))
+    micro, kept = job.checkpoint.chosen(MicroBatch), kept_of(job.args, job.base)
+    if kept is not None:
+        micro = replace(micro, policy=kept.policy, blocks=kept.blocks)
+    return replace(micro, tokens=job.args.micro_batch_tokens or micro.tokens)
+
+
+def say_micro_batches(job: Job, micro: MicroBatch) -> None:
+    rows = job.args.micro_batch_size
+    size = f"{rows} rows" if rows else f"up to {micro.tokens:,} tokens"
+    text = f"micro-batches: {size}, {micro.describe(job.base.config.num_hidden_layers)}"
+    if job.device.type == "cuda":
+        text += f"; expected peak {expected_footprint(job, micro).peak / 1e9:.2f} GB"
+    if not job.args.quiet:
+        say(text)
 
 
 def fit(training: Training, stop: Stop) -> str | None:
@@ -146,7 +160,7 @@ def fit(training: Training, stop: Stop) -> str | None:
     steps = train(
         training.fabric, training.model, training.optimizer, batches(job, training.micro, totals.step),
         learning_rate=args.learning_rate, schedule=schedule, max_norm=args.max_norm, done=totals.step,
-        largest=largest_batch(job, training.micro),
+        largest=collate(job.data.dataset, largest_pack(job, training.micro)),
     )  # fmt: skip
     with stop, training.progress:
         while not training.ended:
@@ -168,15 +182,6 @@ def batches(job: Job, micro: MicroBatch, done: int) -> Iterator[tuple[int, list[
     rows = job.args.micro_batch_size
     for epoch, indices in job.plan[done:]:
         yield epoch, micro_batches(job.data.dataset, indices, max_tokens=None if rows else micro.tokens, max_rows=rows)
-
-
-def largest_batch(job: Job, micro: MicroBatch) -> Batch:
-    """Of the whole run's micro-batches, also of a resumed one's: launched in another way it would have other last
-    digits."""
-    rows, dataset = job.args.micro_batch_size, job.data.dataset
-    cut = {"max_tokens": None if rows else micro.tokens, "max_rows": rows}
-    every = (pack for _, indices in job.plan for pack in packs(dataset, indices, **cut))
-    return collate(dataset, max(every, key=lambda pack: (dataset.lengths[pack].sum(), dataset.lengths[pack].max())))
 
 
 def first_record(job: Job) -> Record:

@@ -11,12 +11,21 @@ from typing import Any
 import torch
 
 from litlora.commands import finetune_flags
-from litlora.commands.finetune_job import Job, adapter_parameters, disk_bytes, prepare, recipe_of
+from litlora.commands.finetune_job import (
+    Job,
+    adapter_parameters,
+    disk_bytes,
+    expected_footprint,
+    fit_micro_batch,
+    prepare,
+    recipe_of,
+)
 from litlora.errors import InputError
 from litlora.load import parameter_count
-from litlora.memory import SPARE, Footprint, MicroBatch, Recipe, usable_memory
-from litlora.pace import choose_micro_batch
-from litlora.packing import micro_batches
+from litlora.memory import SPARE, Footprint, MicroBatch, usable_memory
+from litlora.metrics import duration
+from litlora.pace import Card, choose_micro_batch, seconds_of_run
+from litlora.packing import packs
 
 CONTEXT = 0.6e9  # bytes of a card that CUDA itself takes
 NAMES = {
@@ -49,8 +58,11 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     memory = bytes_of(args.gpu) * (1 - SPARE) - CONTEXT if args.gpu is not None else usable_memory(cuda())
     flags = {"dry_run": True, "accelerator": "cpu", "precision": args.precision or "bf16-true", "resume": None}
     job = prepare(replace(args, **flags), given)  # type: ignore[arg-type]
-    micro = choose(job, recipe_of(job), memory)
-    plan = describe(job, recipe_of(job).footprint(micro), micro, memory)
+    # without a card to plan for, as one that holds everything
+    micro = fit_micro_batch(job, memory if memory is not None else 1e15)
+    plan = describe(job, expected_footprint(job, micro), micro, memory)
+    card = Card.measured(cuda()) if args.gpu is None else None
+    plan["seconds"] = None if card is None else expected_seconds(job, micro, card)
     if plan["fits"] is False:
         plan["proposal"] = next((proposal for proposal in proposals(job, memory)), None)
     print(json.dumps(plan) if args.json else "\n".join(text(plan)))
@@ -70,13 +82,13 @@ def bytes_of(size: str) -> float:
     return float(found[1]) * (2**30 if found[2].lower() == "gib" else 1e9)
 
 
-def choose(job: Job, recipe: Recipe, memory: float | None) -> MicroBatch:
-    """As the run would; without a card to plan for, as one that holds everything."""
-    args, plenty = job.args, memory if memory is not None else 1e15
-    micro = choose_micro_batch(recipe, job.data.longest, plenty, args.activation_checkpointing)
-    if args.micro_batch_size:
-        return replace(micro, tokens=args.micro_batch_size * job.data.longest)
-    return replace(micro, tokens=max(args.micro_batch_tokens or micro.tokens, job.data.longest))
+def expected_seconds(job: Job, micro: MicroBatch, card: Card) -> float:
+    """Of training on `card`, from some of the run's steps."""
+    rows, dataset = job.args.micro_batch_size, job.data.dataset
+    sample = job.plan[:: max(1, len(job.plan) // 50)]
+    cut = {"max_tokens": None if rows else micro.tokens, "max_rows": rows}
+    lengths = [dataset.lengths[pack] for _, indices in sample for pack in packs(dataset, indices, **cut)]
+    return seconds_of_run(recipe_of(job), micro, lengths, card) * len(job.plan) / len(sample)
 
 
 def describe(job: Job, footprint: Footprint, micro: MicroBatch, memory: float | None) -> dict[str, Any]:
@@ -84,7 +96,7 @@ def describe(job: Job, footprint: Footprint, micro: MicroBatch, memory: float | 
     args, data, steps = job.args, job.data, len(job.plan)
     sample = [indices for _, indices in job.plan[:: max(1, steps // 20)]]
     rows = args.micro_batch_size
-    cut = [micro_batches(data.dataset, i, max_tokens=None if rows else micro.tokens, max_rows=rows) for i in sample]
+    cut = [packs(data.dataset, i, max_tokens=None if rows else micro.tokens, max_rows=rows) for i in sample]
     parameters = adapter_parameters(job.base, job.lora)
     return {
         "model": str(args.checkpoint_dir),
@@ -98,8 +110,7 @@ def describe(job: Job, footprint: Footprint, micro: MicroBatch, memory: float | 
         "tokens": sum(int(data.dataset.lengths[indices].sum()) for _, indices in job.plan),
         "micro_batch_tokens": micro.tokens,
         "micro_batches_per_step": sum(map(len, cut)) / max(1, len(cut)),
-        "activation_checkpointing": micro.policy,
-        "recomputed_blocks": micro.blocks,
+        "activation_checkpointing": micro.kept.text(job.base.config.num_hidden_layers),
         "kept": micro.describe(job.base.config.num_hidden_layers),
         "parts": footprint.parts(),
         "peak": footprint.peak,
@@ -123,7 +134,7 @@ def proposals(job: Job, memory: float | None) -> Iterator[dict[str, Any]]:
         changes |= {name: value for name, value in more.items() if getattr(job.args, name) != value}
         longest = min(job.data.longest, changes.get("max_seq_length") or job.data.longest)
         recipe = recipe_of(replace(job, args=replace(job.args, **changes)))
-        micro = choose_micro_batch(recipe, longest, memory, "auto")
+        micro = choose_micro_batch(recipe, longest, memory)
         peak = recipe.footprint(micro).peak
         if changes and peak <= memory:
             given = {f"--{name}": value for name, value in changes.items() if value is not None}
@@ -161,4 +172,6 @@ def text(plan: dict[str, Any]) -> Iterator[str]:
         )
     elif plan["fits"] is False:
         yield "nothing that can be switched makes it fit: a smaller model"
+    if plan["seconds"] is not None:
+        yield f"time: about {duration(plan['seconds'])} of training on this card"
     yield f"disk: {plan['disk'] / 1e6:,.0f} MB in --out_dir"
