@@ -16,12 +16,14 @@ from litlora.lora import LoRA
 SIZES = {  # hidden, ffn, layers, heads, kv heads, vocabulary
     "tiny": (128, 256, 2, 4, 2, 512),
     "llama2-7b": (4096, 11008, 32, 32, 32, 32000),
+    "llama3.1-8b": (4096, 14336, 32, 32, 8, 128256),
     "llama2-13b": (5120, 13824, 40, 40, 40, 32000),
     "llama2-70b": (8192, 28672, 80, 64, 8, 32000),
 }
 BLOCK = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QV = LoRA(8, 16, 0.05, ("q_proj", "v_proj"))
 ALL = LoRA(16, 32, 0.0, BLOCK)
+ALL32 = LoRA(32, 64, 0.0, BLOCK)
 R256 = LoRA(256, 512, 0.05, (*BLOCK, "lm_head"))  # the LoRA articles' largest: "all layers" has the head
 LENGTHS = Path(__file__).parent / "alpaca_lengths.json"
 
@@ -84,11 +86,16 @@ SETTINGS = {
             "70b-nf4dq-all-2048", "bnb.nf4-dq", ALL, "full", "llama2-70b", length=2048, batch_size=2, steps=3,
             warmup=2, lora_dtype="bfloat16", goal_gb=43.0,
         ),
+        Setting("long-131072", "bnb.nf4", ALL32, "offload", "llama3.1-8b", length=131_072, batch_size=1, steps=1,
+                warmup=0, lora_dtype="bfloat16"),
+        Setting("long-345000", "bnb.nf4", ALL32, "offload", "llama3.1-8b", length=345_000, batch_size=1, steps=1,
+                warmup=0, lora_dtype="bfloat16"),
     )
 }  # fmt: skip
 GROUPS = {
     "speed": [name for name, setting in SETTINGS.items() if setting.length is None] + ["nf4dq-qv-1304"],
-    "memory": [name for name, setting in SETTINGS.items() if setting.length is not None],
+    "memory": [name for name, setting in SETTINGS.items() if setting.length and not name.startswith("long")],
+    "long": [name for name in SETTINGS if name.startswith("long")],
 }
 
 
@@ -108,7 +115,7 @@ def config_of(model: str) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=hidden // heads,
-        max_position_embeddings=4096,
+        max_position_embeddings=2**19,
         rms_norm_eps=1e-5,
         rope=Rope(10000.0),
         sliding_windows=(None,) * layers,
