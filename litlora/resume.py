@@ -125,13 +125,8 @@ class TrainingCheckpoint:
         return cls(directory, totals, conditions, optimizer, {info.name: info for info in shard.tensors})
 
     def chosen(self, cls: type[T]) -> T:
-        """What was fitted to the free memory: sizes, none below 0, the tokens of a micro-batch not 0. Raises
-        InputError."""
-        chosen = self.conditions.chosen
-        small = [name for name, size in chosen.items() if type(size) is int and size < (name == "tokens")]
-        if small:
-            raise _damaged(self.directory / STATE, ", ".join(f"{name} {chosen[name]}" for name in small))
-        return _parse(cls, chosen, self.directory / STATE)
+        """What was fitted to the free memory. Raises InputError."""
+        return _parse(cls, self.conditions.chosen, self.directory / STATE)
 
     @property
     def metrics(self) -> str:

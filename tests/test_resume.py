@@ -282,7 +282,6 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], object]] = {
         chosen={"tokens": 1, "policy": "none", "blocks": 0, "x": 1}
     ),
     "a policy that is none": lambda state: state["conditions"]["chosen"].update(policy="lean"),
-    "fewer than no blocks": lambda state: state["conditions"]["chosen"].update(blocks=-1),
     "settings of no kind": lambda state: state["conditions"].update(settings={"lora_r": [8]}),
     "no optimizer": lambda state: state.pop("optimizer"),
     "other tensors": lambda state: state.update(tensors="0" * 32),
