@@ -6,6 +6,7 @@ backward pass holds at its widest, and the chunk of logits. Beside what was meas
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -112,7 +113,8 @@ class Recipe:
         per_token = on_card * hidden + item * whole * kept + 3 * hidden
         block = float(item * wide * micro.tokens if whole else 0)
         if micro.blocks:  # when the first of these goes through its backward pass, what the others kept is gone
-            recomputed = widths.attention * micro.tokens + widths.tile * min(micro.tokens, TILE)
+            tile = micro.tokens / math.ceil(micro.tokens / TILE)
+            recomputed = widths.attention * micro.tokens + widths.tile * tile
             block = max(block, item * (recomputed - whole * kept * micro.tokens))
         logits = min(LOGITS_BYTES, micro.tokens * item * self.config.vocab_size)
         return Footprint(
@@ -178,7 +180,7 @@ class Recipe:
             lean=lean,
             wide=2 * inner + 3 * hidden,
             wide_lean=2 * inner + product + 4 * hidden,
-            attention=attention + 3 * hidden,
+            attention=attention + hidden,
             tile=4 * inner + product + 3 * hidden,
         )
 

@@ -32,6 +32,15 @@ def make_optimizer(
     raise InputError("unknown --optimizer", got=name, wanted=", ".join(OPTIMIZERS))
 
 
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What an optimizer of `make_optimizer` holds after its first step."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    own = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
+    if isinstance(own, torch.optim.SGD):
+        return 0
+    return sum(2 * p.numel() * (p.element_size() if isinstance(own, torch.optim.AdamW) else 1) for p in parameters)
+
+
 def require_optimizer(name: str, device: torch.device) -> None:
     """Raises InputError where the optimizer cannot run: bitsandbytes' is tried once."""
     if name != "adamw_8bit":

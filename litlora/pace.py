@@ -1,7 +1,7 @@
 """How long a token takes, and by that the fastest way to cut a run into micro-batches that fits the memory.
 
-A model of the card in three figures: the rate of its products, that of its memory, and the tokens from which on products
-are efficient. The constants were fitted to an H100's steps (benchmarks/RESULTS.md says how far off it is).
+A model of the card in three figures: the rate of its products, that of its memory, and how many tokens its products
+need to be efficient. The constants were fitted to an H100's steps (benchmarks/RESULTS.md says how far off it is).
 """
 
 from __future__ import annotations

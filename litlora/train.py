@@ -22,6 +22,7 @@ from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
 from litlora.graphs import Eager, MicroStep, fastest_micro_step
+from litlora.optimizers import state_bytes
 from litlora.packing import Batch
 from litlora.precision import RunPrecision
 
@@ -113,9 +114,15 @@ def train(
 
 
 def _rehearse(micro_step: MicroStep, batch: Batch, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Forward and backward of a micro-batch, whose gradient is thrown away."""
+    """Forward and backward of a micro-batch, whose gradient is thrown away, beside all that a later one meets: every
+    gradient, and the room of the optimizer's state."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    state = torch.empty(0 if optimizer.state else state_bytes(optimizer), dtype=torch.uint8, device=device)
     with undisturbed(device):
         micro_step(micro_step.prepare(batch), max(1, batch.trained_tokens))
+    del state
     optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
 
 
