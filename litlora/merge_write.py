@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from litlora.checkpoint import INDEX, Shard, atomic_directory, read_json, require_disk, write_json, write_shard
+from litlora.checkpoint import (
+    INDEX,
+    Shard,
+    TensorInfo,
+    atomic_directory,
+    atomic_file,
+    read_json,
+    require_disk,
+    write_json,
+)
+from litlora.errors import InputError
 from litlora.merge import EMBEDDING, HEAD, Merge, few_threads
 from litlora.peft_format import RECORD
 
+FLUSH = 128 * 2**20  # bytes after which the disk is told to begin, so that it works while the next ones are made
+PIECE = 16 * 2**20  # bytes copied at a time
 MARGIN = 16_000_000  # bytes of disk on top of the files, for what the file system itself needs
 CONFIG = "config.json"
 
@@ -63,7 +79,7 @@ def merge_directory(
             file = directory / shard.file.name
             # rounding the base is work for all threads
             with nullcontext() if merge.base_rounding else few_threads(merge.rank):
-                write_shard(file, headers[file.name], _told(merge, shard, advance))
+                _write_shard(merge, shard, file, headers[file.name], advance)
         if merge.base.checkpoint.index is not None:
             _write_index(merge, directory)
         for path in copied:
@@ -77,11 +93,70 @@ def merge_directory(
             check(directory)
 
 
-def _told(merge: Merge, shard: Shard, advance: Callable[[int], object]) -> Iterator[Tensor]:
-    for name in merge.names(shard):
-        for block in merge.blocks(name):
-            yield block
-            advance(block.nbytes)
+def _write_shard(merge: Merge, shard: Shard, file: Path, header: bytes, advance: Callable[[int], object]) -> None:
+    """What no adapter touches goes from file to file without passing through this process, where the system can."""
+    with atomic_file(file) as stream, _Output(stream.fileno()) as output:
+        output.write(memoryview(struct.pack("<Q", len(header)) + header))
+        for name in merge.names(shard):
+            if merge.touched(name):
+                for block in merge.blocks(name):
+                    output.write(block.contiguous().view(-1).view(torch.uint8).numpy().data)
+                    advance(block.nbytes)
+            else:
+                for count in output.copy(merge.source(name)):
+                    advance(count)
+
+
+class _Output:
+    """A file that is written from its beginning on, and brought to the disk meanwhile by a thread."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.waiting = descriptor, 0
+        self.thread = ThreadPoolExecutor(1)
+        self.flushing: Future[None] | None = None
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.thread.shutdown()  # before the descriptor is closed; the file's own fsync follows, and tells of errors
+
+    def write(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            done += os.write(self.descriptor, view[done:])
+        self._count(len(view))
+
+    def copy(self, info: TensorInfo) -> Iterator[int]:
+        """A tensor's bytes as they are; yields how many at a time."""
+        with info.file.open("rb") as source:
+            done = 0
+            while done < info.nbytes:
+                count = self._copy(source.fileno(), info.offset + done, min(PIECE, info.nbytes - done))
+                self._count(count)
+                yield count
+                done += count
+
+    def _copy(self, source: int, offset: int, count: int) -> int:
+        if hasattr(os, "copy_file_range"):
+            try:
+                copied = os.copy_file_range(source, self.descriptor, count, offset)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                    raise
+            else:
+                if copied:
+                    return copied
+        data = os.pread(source, count, offset)
+        if not data:
+            raise InputError("a safetensors file ends early", fix="download the checkpoint again")
+        return os.write(self.descriptor, data)
+
+    def _count(self, count: int) -> None:
+        self.waiting += count
+        if self.waiting >= FLUSH and (self.flushing is None or self.flushing.done()):
+            self.waiting = 0
+            self.flushing = self.thread.submit(os.fdatasync if hasattr(os, "fdatasync") else os.fsync, self.descriptor)
 
 
 def _write_index(merge: Merge, directory: Path) -> None:
