@@ -22,13 +22,12 @@ SHAPES = {  # of Llama-2-7B: rows of each weight, columns, what becomes of the p
     "head": ((32000,), 4096, "store"),
 }
 TINY = {"qkv": ((64, 32, 32), 128, "store"), "down": ((64,), 128, "add")}
-CANDIDATES = {  # rows, columns, warps, stages, splits
-    "bf16": [(16, 256, 2, 4, 1), (16, 256, 4, 4, 1), (32, 128, 4, 4, 1), (32, 128, 4, 6, 1), (32, 256, 4, 3, 1),
-             (16, 512, 4, 3, 1), (64, 128, 4, 4, 1), (16, 128, 2, 6, 1), (64, 64, 4, 6, 1)],
-    "fp8": [(16, 256, 2, 4, 1), (16, 256, 4, 4, 1), (32, 256, 4, 4, 1), (32, 256, 8, 4, 1), (16, 512, 4, 3, 1),
-            (64, 128, 4, 4, 1)],
-    "nf4dq": [(16, 256, 8, 1, 4), (16, 256, 4, 1, 4), (32, 256, 4, 1, 1), (64, 256, 4, 1, 1), (32, 256, 8, 1, 2),
-              (32, 256, 8, 1, 4), (32, 512, 8, 1, 1)],
+CANDIDATES: dict[str, list[tuple[Any, ...]]] = {  # rows, columns, warps, stages, splits, bytes ahead, flat: see `Tile`
+    "bf16": [(8, 1024, 4, 4, 1, 0, True), (8, 1024, 4, 3, 1, 0, True), (8, 1024, 4, 5, 1, 0, True),
+             (16, 512, 4, 4, 1, 0, True), (16, 256, 2, 4), (32, 128, 4, 6), (32, 256, 4, 3)],
+    "fp8": [(8, 1024, 4, 4, 1, 0, True), (8, 1024, 4, 6, 1, 0, True), (16, 512, 4, 4, 1, 0, True), (16, 256, 2, 4),
+            (32, 256, 4, 4)],
+    "nf4dq": [(32, 512, 4), (16, 1024, 8), (16, 512, 4), (32, 512, 8), (32, 1024, 8)],
 }  # fmt: skip
 PROCESSES = 12  # that compile at a time
 BUFFER = 400e6  # bytes of weights in turn, so that none is still in the cache
@@ -48,21 +47,21 @@ def run(formats: list[str], add: Callable[[Row], None], tiny: bool) -> None:
     for _ in range(PROCESSES if not tiny else 1):
         os.wait()
     for name, shape, candidate in cases:
-        row: Row = {"tune": name, "shape": shape, "tile": "x".join(map(str, candidate))}
+        row: Row = {"tune": name, "shape": shape, "tile": "x".join(str(int(part)) for part in candidate)}
         try:
             add(row | measure(name, shape, candidate, tiny=tiny, repeats=3))
         except Exception as error:
             add(row | {"error": f"{type(error).__name__}: {str(error)[:200]}"})
 
 
-def cases_of(name: str, tiny: bool) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+def cases_of(name: str, tiny: bool) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
     for shape in TINY if tiny else SHAPES:
         for candidate in CANDIDATES[name][: 2 if tiny else None]:
             if shape != "head" or name == "bf16":
                 yield name, shape, candidate
 
 
-def measure(name: str, shape: str, candidate: tuple[int, ...], *, tiny: bool, repeats: int) -> Row:
+def measure(name: str, shape: str, candidate: tuple[Any, ...], *, tiny: bool, repeats: int) -> Row:
     """µs and GB/s of one launch; `repeats` 0: only launched once."""
     from litlora.decode_graph import has_pdl
     from litlora.few_rows import group_of

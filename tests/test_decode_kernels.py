@@ -122,7 +122,12 @@ def held(run: Callable[[torch.dtype, bool], Tensor], dtype: torch.dtype) -> None
     ids=str,
 )
 def test_a_step_is_the_models(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, quantize: str | None, rows: int, rank: int, shape: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    quantize: str | None,
+    rows: int,
+    rank: int,
+    shape: dict[str, Any],
 ) -> None:
     if quantize == "fp8" and CUDA and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this card has no fp8")
@@ -237,7 +242,9 @@ def test_the_table_in_bytes() -> None:
         return int.from_bytes([octets[which >> 4 * i & 7] for i in range(4)], "little")
 
     code = torch.linspace(-1, 1, 16) ** 3
-    table = {f"${9 + i}": value & 0xFFFFFFFF for i, value in enumerate(kernels.byte_planes(code, torch.bfloat16).tolist())}
+    table = {
+        f"${9 + i}": value & 0xFFFFFFFF for i, value in enumerate(kernels.byte_planes(code, torch.bfloat16).tolist())
+    }
     for word in (0x01234567, 0x89ABCDEF, 0xF0E1D2C3, 0x5A5A7E81):
         state, halves = {**table, "$8": word}, {}
         read = lambda text: state[text] if text in state else int(text, 0)  # noqa: E731, B023

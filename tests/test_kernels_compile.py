@@ -121,7 +121,8 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
         cache = meta(4096, kv_heads, size), meta(4096, kv_heads, size)
         decode_attention.attend(
             q, k, v, *cache, meta(rows, **integers), meta(rows, 7, dtype=torch.int32), 64, workspace,
-            8 if inside else None, meta(rows, heads * size), rotation=(meta(4096, size // 2), meta(4096, size // 2)) if inside else None,
+            8 if inside else None, meta(rows, heads * size),
+            rotation=(meta(4096, size // 2), meta(4096, size // 2)) if inside else None,
             norms=(meta(size), meta(size), 1e-6) if inside else None, pdl=capability >= 90 and inside,
         )  # fmt: skip
     assert len(made) == 3

@@ -152,7 +152,9 @@ def _four_bit_row(
         tl.extra.cuda.gdc_wait()
     mine = 0.0
     if asm is not None:  # no scalar, though the compiler takes it for one: each thread has its own
-        mine = tl.inline_asm_elementwise(mine_asm, "=f,l", [(table + 8).to(tl.int64)], tl.float32, is_pure=False, pack=1)
+        mine = tl.inline_asm_elementwise(
+            mine_asm, "=f,l", [(table + 8).to(tl.int64)], tl.float32, is_pure=False, pack=1
+        )
     total = tl.zeros((tile_o, blocks), tl.float32)
     for start in tl.range(0, plane, tile_i // 8, num_stages=1):
         current, ahead = following, start + tile_i // 8
@@ -338,11 +340,11 @@ def _linear(
     x, sums, blocks, eps, w0, w1, w2, s0, s1, s2, n0, n1, n2, o0, o1, o2, code, table, bias,
     z, b0, b1, b2, rank0, rank1, rank2, f0, f1, f2, y, residual, norm_weight, new_sums, size, rows0, rows1, rows2,
     row_bytes, piece,
-    mode: tl.constexpr, form: tl.constexpr, nested: tl.constexpr, asm: tl.constexpr, operands: tl.constexpr, mine: tl.constexpr,
-    norm: tl.constexpr, biased: tl.constexpr, most: tl.constexpr, parts: tl.constexpr, step: tl.constexpr,
-    r: tl.constexpr, m: tl.constexpr, splits: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr,
-    stages: tl.constexpr, even: tl.constexpr, blocks_block: tl.constexpr, layout: tl.constexpr, pdl: tl.constexpr,
-    pieces: tl.constexpr, flat: tl.constexpr,
+    mode: tl.constexpr, form: tl.constexpr, nested: tl.constexpr, asm: tl.constexpr, operands: tl.constexpr,
+    mine: tl.constexpr, norm: tl.constexpr, biased: tl.constexpr, most: tl.constexpr, parts: tl.constexpr,
+    step: tl.constexpr, r: tl.constexpr, m: tl.constexpr, splits: tl.constexpr, tile_o: tl.constexpr,
+    tile_i: tl.constexpr, stages: tl.constexpr, even: tl.constexpr, blocks_block: tl.constexpr, layout: tl.constexpr,
+    pdl: tl.constexpr, pieces: tl.constexpr, flat: tl.constexpr,
 ):  # fmt: skip
     """Up to three linears over one x, or two and their SwiGLU, or one and the residual stream: see `decode_linear`."""
     if pdl:

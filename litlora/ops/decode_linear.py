@@ -18,8 +18,8 @@ from litlora.ops.decode_kernels import (
     EIGHTS,
     FOUR_BIT,
     FP8,
-    MOST_ROWS,
     MINE,
+    MOST_ROWS,
     OPERANDS,
     OPERANDS_ASKING,
     PLAIN,
@@ -193,7 +193,8 @@ class Linear:
         programs = sum(triton.cdiv(rank, RANKS) for rank in self.ranks)
         _down[(programs, self.parts)](
             x, *tops, *self.ranks, self.z, self.size, r=self.rows, m=MOST_ROWS, parts=self.parts, tile_i=64,
-            layout=layout_of(self.weights[0].form == FOUR_BIT, self.rows), step=RANKS, pdl=self.pdl, num_warps=4, **_options(self.pdl),
+            layout=layout_of(self.weights[0].form == FOUR_BIT, self.rows), step=RANKS, pdl=self.pdl, num_warps=4,
+            **_options(self.pdl),
         )  # fmt: skip
 
 
@@ -212,8 +213,8 @@ def embed(
     to y (R, C); their sums of squares (R, 1). `words`: 4-bit linears read it."""
     size = table.shape[1]
     _embed[(len(tokens),)](
-        tokens, table, weight, residual, y, sums, size, layout=layout_of(words, len(tokens)), block=_power(size), pdl=pdl, num_warps=8,
-        **_options(pdl),
+        tokens, table, weight, residual, y, sums, size, layout=layout_of(words, len(tokens)), block=_power(size),
+        pdl=pdl, num_warps=8, **_options(pdl),
     )  # fmt: skip
 
 
