@@ -19,10 +19,11 @@ from litlora.recompute import Kept
 
 CPU_TOKENS = 2048  # enough for the products' speed, small enough for the caches
 GPU_TOKENS = 9216  # from here on longer packs are no faster; 128 rows of Alpaca are two such, of 8,170 on average
-HALF = 200  # tokens at which products reach half of their rate
-PASSES = 10  # of what blocks keep through the memory: everything but products, forward and backward
+HALF = 325  # tokens at which products reach half of their rate
+PASSES = 10.6  # of what blocks keep through the memory: everything but products, forward and backward
 ATTENTION = 0.5  # of the rate of products, over long rows; what short ones take is in PASSES
-FP8 = 2.0  # times the 16-bit rate of products
+FP8 = 1.71  # times the 16-bit rate of products, rounding included
+ADAPTER = 16  # FLOP a parameter, as if at the rate of large products: 6 of them, thin ones
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Card:
         return None if rate is None else cls(SUSTAINED * rate, _copy_rate(device))
 
 
-SUSTAINED = 0.98  # of a short product's rate: the power limit
-H100 = Card(7.07e14, 3.0e12)
+SUSTAINED = 0.937  # of a short product's rate: the power limit
+H100 = Card(7.52e14, 2.98e12)
 
 
 def seconds_per_token(recipe: Recipe, micro: MicroBatch, card: Card = H100) -> float:
@@ -53,7 +54,7 @@ def seconds_per_token(recipe: Recipe, micro: MicroBatch, card: Card = H100) -> f
     weights, head, again = block * layers, head_out * head_in, micro.blocks / layers
     share = 1 - config.hidden_size * config.intermediate_size / block  # of a block: its last product is left out
     fp8 = FP8 if recipe.quantize == "fp8" else 1.0
-    flop = (4 + 2 * again * share) * weights / fp8 + 4 * head + 6 * recipe.adapter_parameters
+    flop = (4 + 2 * again * share) * weights / fp8 + 4 * head + ADAPTER * recipe.adapter_parameters
     widths, item = recipe.widths, recipe.compute.itemsize
     moved = PASSES * (1 + again / 2) * widths.all
     if micro.policy != "none":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from litlora.errors import InputError
 from litlora.ops import Masks
 
 POLICIES = ("none", "selective", "full", "offload")  # each keeps less on the card than the one before it
@@ -112,7 +113,7 @@ class _Held:
         stream = _copies(x.device)
         stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.no_grad(), torch.cuda.stream(stream):
-            self.host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self.host = _pinned(x)
             self.host.copy_(x, non_blocking=True)
         x.record_stream(stream)
         self.device = x.device
@@ -125,6 +126,18 @@ class _Held:
         with torch.no_grad(), torch.cuda.stream(stream):
             self.x = self.host.to(self.device, non_blocking=True)
             self.ready = stream.record_event()
+
+
+def _pinned(x: Tensor) -> Tensor:
+    try:
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    except RuntimeError as error:
+        raise InputError(
+            "the host's memory does not hold the blocks' inputs",
+            where="--activation_checkpointing offload",
+            got=f"no {x.numel() * x.element_size() / 1e9:.2f} GB more for a block of a micro-batch",
+            fix="--activation_checkpointing full, or a smaller --micro_batch_tokens",
+        ) from error
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
