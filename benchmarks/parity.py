@@ -154,7 +154,7 @@ def train_reference(run: Run, adapter: Path, encode: Encode, eos: int) -> tuple[
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             schedule.step()
-        losses.append(float(total) / count)
+        losses.append(total.item() / count)
     return losses, model
 
 
@@ -163,7 +163,7 @@ def validate_reference(run: Run, model: Any, encode: Encode, eos: int) -> float:
     """The mean over all trained tokens of the validation rows."""
     model.eval()
     parts = [loss_sum(model, *padded(run, rows, encode, eos)) for rows in steps_of(run, run.validation)]
-    return sum(float(total) for total, _ in parts) / sum(count for _, count in parts)
+    return sum(total.item() for total, _ in parts) / sum(count for _, count in parts)
 
 
 # ---------------------------------------------------------------- ours: the command line

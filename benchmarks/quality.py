@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -117,6 +118,9 @@ def ours(run: Run, work: Work, out: Path, **more: object) -> Row:
 
 def theirs(run: Run, encode: Encode, eos: int, out: Path) -> Row:
     """PEFT starts from the adapter that litlora begins with: a first step at rate 0 saves it untrained."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     first = replace(run, steps=1, batch_size=1, warmup=1, validation=())
     ours(first, Work(run.quantize), out)
     losses, model = train_reference(run, out, encode, eos)
@@ -146,14 +150,13 @@ def equal_bytes(run: Run, model: Any) -> float:
     return same / total
 
 
-def figures(name: str, run: Run, encode: Encode, eos: int, results: Results, out: Path) -> None:
-    """Adds the run's row, or one that says why there are no figures."""
+def figures(name: str, run: Run, encode: Encode, eos: int, results: Results, scratch: str) -> None:
+    """Adds the run's row, or one that says why there are no figures. Its files lie in `scratch`."""
     work, started = WORK[name], time.perf_counter()
     run = replace(run, quantize=work.quantize)
     if work.short:
         run = replace(run, steps=min(FUSED_STEPS, run.steps), validation=())
-    directory = out / "runs" / name.replace(", ", "_").replace(" ", "_")
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(scratch) / name.replace(", ", "_").replace(" ", "_")
     try:
         row = theirs(run, encode, eos, directory) if work.peft else ours(run, work, directory)
         row["losses"] = [round(loss, 6) for loss in row["losses"]]
@@ -259,12 +262,10 @@ def main(argv: list[str] | None = None) -> None:
     wanted = {name for part in args.parts for name in PARTS[part]}
     names = [name for name in WORK if name in wanted]
 
-    def one(name: str) -> str | None:
-        return in_child(partial(figures, name, run, encode, eos, results, args.out), args.limit)
-
     start = len(results.file.read_text().splitlines())
-    with ThreadPoolExecutor(args.at_once) as pool:
-        ended = dict(zip(names, pool.map(one, names), strict=True))
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.at_once) as pool:
+        jobs = [partial(figures, name, run, encode, eos, results, scratch) for name in names]
+        ended = dict(zip(names, pool.map(lambda job: in_child(job, args.limit), jobs), strict=True))
     for name, reason in ended.items():
         if reason:
             results.add({"run": name, "error": reason})
