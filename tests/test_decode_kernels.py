@@ -170,9 +170,16 @@ def close(found: Tensor, wanted: Tensor) -> None:
     assert (found.double() - wanted).norm() <= limit * wanted.norm()
 
 
-TILES = {  # those of 16 bit, which the interpreter would not see
-    kernels.DENSE: [linears.Tile(16, 256, 2, 4), linears.Tile(32, 128, 4, 4), linears.Tile(8, 256, 4, 4, flat=True)],
-    kernels.FOUR_BIT: [linears.Tile(16, 256, 8, splits=4), linears.Tile(32, 256, 4), linears.Tile(16, 1024, 4)],
+TILE = linears.Tile
+TILES = {  # rows and tiles of 16 bit, which the interpreter would not see
+    kernels.DENSE: [(1, TILE(8, 1024, 4, 4, flat=True)), (4, TILE(16, 256, 2, 4)), (16, TILE(32, 256, 4, 4))],
+    kernels.FOUR_BIT: [
+        (1, TILE(16, 1024, 8)),
+        (1, TILE(32, 512, 4)),
+        (4, TILE(16, 256, 4, splits=4)),
+        (8, TILE(32, 128, 8, splits=2)),
+        (16, TILE(32, 128, 8, splits=2)),
+    ],
 }
 
 
@@ -189,10 +196,9 @@ def test_every_tile_gives_the_product(
     quantizer = make_quantizer(quantize, dtype, DEVICE)
     linear = [quantizer.freeze((torch.randn(rows, size) * 0.1).to(DEVICE, dtype), None) for rows in outputs]
     weights, _ = group_of(linear, dtype)
-    for tile in TILES[weights[0].form]:
+    for rows, tile in TILES[weights[0].form]:
         monkeypatch.setattr(linears, "tile_of", lambda *_, tile=tile: tile)
-        for rows in (1,) if tile.flat or tile.columns > 256 else (2,) if tile.splits > 1 else (1, 4):
-            product(weights, [each.dense_weight() for each in linear], rows, mode, dtype)
+        product(weights, [each.dense_weight() for each in linear], rows, mode, dtype)
 
 
 def plain_attention(q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
