@@ -180,11 +180,11 @@ class FourBitLinear(FrozenLinear):
 
     def dense_weight(self) -> Tensor:
         if self.weight.is_cuda and _has_triton():  # one kernel where bitsandbytes has two, at the memory's speed
-            from litlora.ops import kernels
+            from litlora.ops import narrow
 
             nested = (self.absmax_absmax, self.absmax_code, self.offset) if self.nested else None
             shape = (self.out_features, self.in_features)
-            return kernels.dequantize(self.weight, self.absmax, self.code, nested, shape, self.dtype)
+            return narrow.dequantize(self.weight, self.absmax, self.code, nested, shape, self.dtype)
         import bitsandbytes.functional as bnb
 
         return bnb.dequantize_4bit(self.weight, self.state())  # type: ignore[no-any-return]
@@ -235,9 +235,9 @@ class Fp8Linear(FrozenLinear):
         """(x in fp8, the scales of its rows), where the card multiplies those."""
         if not self.products:
             return x
-        from litlora.ops import kernels
+        from litlora.ops import narrow
 
-        return kernels.quantize_rows([x])
+        return narrow.quantize_rows([x])
 
     def mm(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
         if isinstance(x, Tensor):
@@ -260,10 +260,10 @@ class Fp8Linear(FrozenLinear):
                     add = linear.mm_t(gradient, add)
             assert add is not None
             return add
-        from litlora.ops import kernels
+        from litlora.ops import narrow
 
-        rounded, rows = kernels.quantize_rows(gradients, [linear.scales for linear in linears])
-        turned = kernels.transpose_bytes([linear.weight for linear in linears]).t()
+        rounded, rows = narrow.quantize_rows(gradients, [linear.scales for linear in linears])
+        turned = narrow.transpose_bytes([linear.weight for linear in linears]).t()
         ones = torch.ones(1, self.in_features, device=gradients[0].device)
         return _fp8_product(rounded, rows, turned, ones, gradients[0].dtype, add)
 

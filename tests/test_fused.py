@@ -22,7 +22,7 @@ from litlora.frozen import DenseLinear, FrozenLinear, make_quantizer  # noqa: E4
 from litlora.load import RandomWeights, load_model  # noqa: E402
 from litlora.lora import FLAG_TARGETS, LoRA, LoRALinear, adapt, lora_modules, lora_parameters  # noqa: E402
 from litlora.model import CausalLoss, Decoder  # noqa: E402
-from litlora.ops import Ops, fused, kernels, reference  # noqa: E402
+from litlora.ops import Ops, fused, group, kernels, low_rank, narrow, reference  # noqa: E402
 from litlora.ops.reference import Keep  # noqa: E402
 from litlora.packing import Batch  # noqa: E402
 from litlora.recompute import Kept  # noqa: E402
@@ -138,14 +138,14 @@ def test_the_gradient_of_b_and_what_goes_down_to_a(rows: int, out: int, r: int, 
     torch.manual_seed(8)
     dy, z, b = random(rows, out).to(dtype), random(rows, 3 * r).to(dtype)[:, r : 2 * r], random(out, r).to(dtype)
     dz = torch.zeros(rows, 2 * r, dtype=dtype, device=DEVICE)
-    db = kernels.low_rank_gradients(dy, z, b, dz[:, r:], 0.5)
+    db = low_rank.low_rank_gradients(dy, z, b, dz[:, r:], 0.5)
     assert db.dtype == torch.float32
     assert not dz[:, :r].any()
     torch.testing.assert_close(db, 0.5 * dy.float().t() @ z.float(), rtol=1e-4, atol=1e-3)
     wanted = dy.double() @ b.double()
     off, allowed = (dz[:, r:].double() - wanted).norm(), (wanted.to(dtype).double() - wanted).norm()
     assert off <= 1.2 * allowed + 1e-6 * wanted.norm()
-    again = kernels.low_rank_gradients(dy, z, b, torch.zeros_like(dz)[:, r:], 0.5)
+    again = low_rank.low_rank_gradients(dy, z, b, torch.zeros_like(dz)[:, r:], 0.5)
     assert torch.equal(again, db)
 
 
@@ -168,7 +168,7 @@ def test_norm_and_mlp(
     ranks: tuple[int, int, int], keep: Keep, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "TILE", 16)  # of 40 rows: three tiles
-    monkeypatch.setattr(fused, "TOGETHER", 0)
+    monkeypatch.setattr(group, "TOGETHER", 0)
 
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
         torch.manual_seed(3)
@@ -220,7 +220,7 @@ def test_dropout_is_one_mask_an_adapter_the_same_forward_and_backward(ranks: tup
     assert isinstance(FUSED.masks, fused.Masks)
     FUSED.masks.begin()
     seed = FUSED.masks.seed
-    masks = [kernels.dropped(torch.ones_like(x), seed, 5, 0, which, p).detach() for which in range(2)]
+    masks = [low_rank.dropped(torch.ones_like(x), seed, 5, 0, which, p).detach() for which in range(2)]
     for mask in masks:
         assert sorted(mask.unique().tolist()) == pytest.approx([0.0, 1 / (1 - p)])
         assert abs((mask > 0).float().mean() - (1 - p)) < 0.01
@@ -397,8 +397,9 @@ if CUDA:  # what the interpreter has no notion of
         model, decoder = model_of(FUSED, torch.bfloat16, config_of(), LoRA(8, 16, 0.1, EVERYTHING), "bnb.nf4-dq")
 
         def compiled() -> int:
-            functions = [f for f in vars(kernels).values() if hasattr(f, "device_caches")]
-            assert len(functions) > 8
+            rooms = (kernels, low_rank, narrow)
+            functions = [f for room in rooms for f in vars(room).values() if hasattr(f, "device_caches")]
+            assert len(functions) > 12
             return sum(len(cache[0]) for f in functions for cache in f.device_caches.values())
 
         for lengths in ([30, 34], [31, 17]):

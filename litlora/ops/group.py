@@ -1,0 +1,187 @@
+"""Linears over one x, adapted or not: their products forward and backward, without autograd.
+
+Sizes: N tokens, R rank, I in, O out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from litlora.ops import low_rank
+from litlora.ops.low_rank import LARGEST_RANK, Low
+from litlora.ops.parts import Parts
+
+TOGETHER = 2048  # tokens from which on one kernel for the gradients of B and z is faster than a product each
+
+
+def fp32_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32 from the products' fp32 sums: an adapter's gradient is not rounded to 16 bit."""
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+class Group:
+    """The A of all are one matrix (ΣR, I), so that x is read once for them; the scale is folded into B."""
+
+    def __init__(self, parts: Sequence[Parts], seed: Tensor, factors: Sequence[Tensor], first: int = 0) -> None:
+        """`factors`: what `cast` made of the parts; `first`: the row of the stream at which x begins, for dropout."""
+        self.parts, self.seed, self.first = parts, seed, first
+        self.adapted = [(index, p) for index, p in enumerate(parts) if p.A is not None]
+        self.dropout = self.adapted[0][1].dropout if self.adapted else 0.0
+        self.a: Tensor | None = factors[0] if factors else None
+        self.b: Sequence[Tensor] = factors[1:]
+        self.key = self.adapted[0][1].key if self.adapted else 0
+        self.ranks = [b.shape[1] for b in self.b]
+        self.together = len(set(self.ranks)) == 1 and self.ranks[0] <= LARGEST_RANK
+
+    @staticmethod
+    def cast(parts: Sequence[Parts], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(A of all, each scaled B) in the products' dtype. Saved for the backward pass as any tensor, so that
+        checkpointing drops and remakes them."""
+        tops = [p.A.to(dtype) for p in parts if p.A is not None]
+        if not tops:
+            return ()
+        scaled = [(p.B if p.scale == 1 else p.B * p.scale).to(dtype) for p in parts if p.B is not None]
+        return (torch.cat(tops) if len(tops) > 1 else tops[0], *scaled)
+
+    def _split(self, z: Tensor) -> list[Tensor]:
+        return list(z.split(self.ranks, dim=1))
+
+    def down(self, x: Tensor) -> Tensor | None:
+        """z (N, ΣR) = dropout(x) Aᵀ."""
+        if self.a is None:
+            return None
+        if not self.dropout:
+            return x @ self.a.t()
+        if self.together:
+            return low_rank.dropped_down(
+                x, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.key, self.first, self.dropout
+            )
+        pairs = enumerate(self.a.split(self.ranks))
+        return torch.cat([self._dropped(x, which) @ a.t() for which, a in pairs], dim=1)
+
+    def _dropped(self, x: Tensor, which: int) -> Tensor:
+        return low_rank.dropped(x, self.seed, self.key, self.first, which, self.dropout)
+
+    def up(self, x: Tensor, z: Tensor | None, base: Tensor | None = None) -> list[Tensor]:
+        """The outputs (N, O), each on top of `base` (which is kept); without z, of the frozen weights only."""
+        pairs = zip(self._split(z), self.b, strict=True) if z is not None else ()
+        low = {index: pair for (index, _), pair in zip(self.adapted, pairs, strict=False)}
+        prepared: dict[type, Any] = {}  # by format: x is rounded once for all linears of one
+        for p in self.parts:
+            if type(p.frozen) not in prepared:
+                prepared[type(p.frozen)] = p.frozen.prepare(x)
+        return [_output(p, prepared[type(p.frozen)], low.get(index), base) for index, p in enumerate(self.parts)]
+
+    def lows(self, z: Tensor | None) -> list[Low | None] | None:
+        """What `up` would add to each product, for a kernel that adds it itself; None where a rank is too large."""
+        if z is None or max(self.ranks) > LARGEST_RANK:
+            return None
+        found: list[Low | None] = [None] * len(self.parts)
+        for (index, _), pair in zip(self.adapted, zip(self._split(z), self.b, strict=True), strict=True):
+            found[index] = pair
+        return found
+
+    def gradients(
+        self, x: Tensor | None, z: Tensor | None, dys: Sequence[Tensor]
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """dz (N, ΣR), and the gradients of A and B of each linear in turn, fp32. x and z are None where none is
+        adapted."""
+        dz, found = self.low_gradients(z, dys)
+        self.add_tops(found, x, dz)
+        return dz, found
+
+    def low_gradients(self, z: Tensor | None, dys: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor | None]]:
+        """dz, and of the factors' gradients those of each B."""
+        found: list[Tensor | None] = [None] * (2 * len(self.parts))
+        if z is None:
+            return None, found
+        dz = torch.empty_like(z)
+        for (index, p), part, low, b in zip(self.adapted, self._split(dz), self._split(z), self.b, strict=True):
+            if b.shape[1] <= LARGEST_RANK and len(low) >= TOGETHER:
+                found[2 * index + 1] = low_rank.low_rank_gradients(dys[index], low, b, part, p.scale)
+            else:
+                torch.mm(dys[index], b, out=part)
+                found[2 * index + 1] = fp32_mm(dys[index].t(), low) * p.scale
+        return dz, found
+
+    def add_tops(self, found: list[Tensor | None], x: Tensor | None, dz: Tensor | None) -> None:
+        """The gradient of each A."""
+        if x is not None and dz is not None:
+            for (index, _), gradient in zip(self.adapted, self._top_gradients(dz, x), strict=True):
+                found[2 * index] = gradient
+
+    def dz(self, dys: Sequence[Tensor]) -> Tensor | None:
+        """By itself, where z is not known yet."""
+        if not self.adapted:
+            return None
+        return torch.cat([dys[index] @ b for (index, _), b in zip(self.adapted, self.b, strict=True)], dim=1)
+
+    def dx(self, dz: Tensor | None, dys: Sequence[Tensor]) -> Tensor:
+        """The gradient (N, I) of x; that of the frozen weights only where `dz` is None."""
+        first, *others = (p.frozen for p in self.parts)
+        if dz is None:
+            return first.sum_mm_t(others, dys, None)
+        if first.accumulates:
+            return first.sum_mm_t(others, dys, self._low_rank_dx(dz))
+        dx = first.sum_mm_t(others, dys, None)
+        if self.a is None or self.dropout:
+            return dx.add_(self._low_rank_dx(dz))
+        return _low_rank(dz, self.a.t(), dx, dx)
+
+    def low_dx(self, dz: Tensor | None) -> Low | None:
+        """What the adapters add to `dx`, for a kernel that adds it itself; None where that is not one product."""
+        if dz is None or self.a is None or self.dropout or len(self.a) > LARGEST_RANK:
+            return None
+        return dz, self.a
+
+    def _top_gradients(self, dz: Tensor, x: Tensor) -> Sequence[Tensor]:
+        if not self.dropout:
+            return list(fp32_mm(dz.t(), x).split(self.ranks))
+        if self.together:
+            return low_rank.dropped_a(dz, x, self.seed, self.key, self.first, self.dropout, len(self.ranks)).unbind()
+        return [fp32_mm(part.t(), self._dropped(x, which)) for which, part in enumerate(self._split(dz))]
+
+    def _low_rank_dx(self, dz: Tensor) -> Tensor:
+        assert self.a is not None
+        if not self.dropout:
+            return dz @ self.a
+        if self.together:
+            return low_rank.dropped_up(
+                dz, self.a.view(len(self.ranks), self.ranks[0], -1), self.seed, self.key, self.first, self.dropout
+            )
+        parts = enumerate(zip(self._split(dz), self.a.split(self.ranks), strict=True))
+        return torch.stack([self._dropped(part @ a, which) for which, (part, a) in parts]).sum(0)
+
+
+def _output(p: Parts, x: Any, low: Low | None, base: Tensor | None) -> Tensor:
+    """x Wᵀ + bias + z bᵀ + base, x as prepared."""
+    y: Tensor | None = None
+    if p.frozen.accumulates:  # what is cheap first: the product adds itself to it
+        if low is not None:
+            y = low[0] @ low[1].t() if base is None else _low_rank(*low, base)
+        elif base is not None:
+            y = base.clone()
+        y = p.frozen.mm(x, y)
+    else:
+        y = p.frozen.mm(x)
+        if low is not None:
+            y = _low_rank(*low, y, y, base)
+        elif base is not None:
+            y = y.add_(base)
+    return y if p.frozen.bias is None else y.add_(p.frozen.bias.to(y.dtype))
+
+
+def _low_rank(z: Tensor, b: Tensor, base: Tensor, out: Tensor | None = None, also: Tensor | None = None) -> Tensor:
+    """base + also + z bᵀ, into `out` (base itself) where given."""
+    if b.shape[1] <= LARGEST_RANK:
+        return low_rank.low_rank_add(z, b, base, out, also)
+    y = torch.addmm(base, z, b.t()) if out is None else torch.addmm(out, z, b.t(), out=out)
+    return y if also is None else y.add_(also)
+
+
+def factors(parts: Sequence[Parts]) -> list[Tensor | None]:
+    return [side for p in parts for side in (p.A, p.B)]
