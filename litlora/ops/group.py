@@ -41,11 +41,14 @@ class Group:
     def cast(parts: Sequence[Parts], dtype: torch.dtype) -> tuple[Tensor, ...]:
         """(A of all, each scaled B) in the products' dtype. Saved for the backward pass as any tensor, so that
         checkpointing drops and remakes them."""
-        tops = [p.A.to(dtype) for p in parts if p.A is not None]
+        tops, lows = [p.A for p in parts if p.A is not None], [p.B for p in parts if p.B is not None]
         if not tops:
             return ()
-        scaled = [(p.B if p.scale == 1 else p.B * p.scale).to(dtype) for p in parts if p.B is not None]
-        return (torch.cat(tops) if len(tops) > 1 else tops[0], *scaled)
+        scaled = torch._foreach_mul(lows, [p.scale for p in parts if p.B is not None])
+        a = torch.empty(sum(map(len, tops)), tops[0].shape[1], dtype=dtype, device=tops[0].device)
+        bs = [torch.empty(b.shape, dtype=dtype, device=b.device) for b in lows]
+        torch._foreach_copy_([*a.split([len(top) for top in tops]), *bs], [*tops, *scaled])
+        return a, *bs
 
     def _split(self, z: Tensor) -> list[Tensor]:
         return list(z.split(self.ranks, dim=1))
