@@ -21,6 +21,7 @@ from litlora.run_files import METRICS, ROUNDING, SETTINGS, SUMMARY
 from litlora.samples import SAMPLES, Sample, read_samples
 
 MAX_BYTES = {SUMMARY: 100_000, ROUNDING: 100_000, SAMPLES: 20_000_000, METRICS: 100_000_000}
+LARGEST_CELL = 131_072  # characters of metrics.csv
 T = TypeVar("T")
 
 
@@ -127,6 +128,7 @@ def _metrics(file: Path, problems: list[str]) -> dict[str, npt.NDArray[np.float6
     later row holds."""
     text = file.read_text(encoding="utf-8")
     whole, _, rest = text.rpartition("\n")
+    csv.field_size_limit(LARGEST_CELL)  # of the whole process: reading data raises it
     lines = csv.reader(whole.split("\n"))
     head = next(lines, [])
     if "step" not in head:
