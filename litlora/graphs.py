@@ -165,7 +165,8 @@ def fastest_micro_step(fabric: Launcher, model: nn.Module, parameters: list[nn.P
     one anyhow, padding to a graph's shape only costs (1.5 to 2 % on packs of 8,192 tokens of a 7B, H100)."""
     decoder = model.decoder
     masks = decoder.ops.masks  # type: ignore[union-attr]
-    if masks is None or tokens * _block_work(decoder) > LAUNCH_BOUND:  # type: ignore[arg-type]
+    offloads = decoder.kept.policy == "offload"  # type: ignore[union-attr]  # the host's memory is not to be captured
+    if masks is None or offloads or tokens * _block_work(decoder) > LAUNCH_BOUND:  # type: ignore[arg-type]
         return Eager(fabric, model)
     return Captured(fabric, model, masks, parameters)  # type: ignore[arg-type]
 

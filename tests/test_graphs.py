@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -112,6 +113,16 @@ def test_small_micro_batches_are_captured_and_large_ones_not() -> None:
             most = int(graphs.LAUNCH_BOUND / (share * weights))
             kinds = [type(graphs.fastest_micro_step(fabric, model, [], tokens)) for tokens in (most, most + 1)]
             assert kinds == [Captured, Eager]
+
+
+def test_what_goes_to_the_host_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "Captured", lambda *_: "captured")
+    model = model_of("cpu", torch.float32, Ops())
+    model.decoder.ops = replace(Ops(), masks=cast(Any, object()))
+    fabric: Any = Plain("cpu")
+    for kept, wanted in ((Kept("full", 2), False), (Kept("offload", 2), True)):
+        model.decoder.kept = kept
+        assert isinstance(graphs.fastest_micro_step(fabric, model, [], 10), Eager) is wanted
 
 
 def test_a_rehearsal_leaves_nothing_behind() -> None:
