@@ -159,11 +159,12 @@ def place(file: Path, content: bytes | None) -> None:
 def outcome_of(read: Any, desk: Path, verbose: TextIO | None) -> str:
     from litlora.errors import InputError
     from litlora.merge import VerifyError
+    from litlora.train import TrainingError
 
     try:
         read(desk)
         return "well"
-    except (InputError, VerifyError) as error:
+    except (InputError, VerifyError, TrainingError) as error:
         if verbose:
             print(f"{type(error).__name__}: {error}", file=verbose)
         text = str(error)

@@ -304,14 +304,32 @@ def test_a_state_that_is_none_is_refused(name: str, finished: Path, capsys: pyte
     assert (finished / "metrics.csv").read_text() == before
 
 
+def put(checkpoint: Path, name: str, value: float) -> None:
+    """Into the first place of one of the checkpoint's tensors."""
+    shard = Shard.open(checkpoint / "state.safetensors")
+    tensors = {info.name: info.read() for info in shard.tensors}
+    tensors[name].view(-1)[0] = value
+    write_shard(checkpoint / "state.safetensors", shard.header, tensors.values())
+
+
+def test_a_last_step_that_leaves_no_numbers_fails(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The root of a negative second moment."""
+    checkpoint = finished / "checkpoints" / "step-00000003"
+    names = [info.name for info in Shard.open(checkpoint / "state.safetensors").tensors]
+    put(checkpoint, next(name for name in names if name.endswith("lora_B.weight.exp_avg_sq")), -1e9)
+    capsys.readouterr()
+    assert finetune(finished, max_steps=4, eval_interval=100, val_split=6) == 1
+    said = capsys.readouterr().err
+    assert "error: the last step has left values in the adapter that are not finite" in said
+    assert not (finished / "summary.json").exists()
+
+
 @pytest.mark.parametrize("part", ["adapter.", "optimizer."])
 def test_tensors_without_a_number_are_refused(part: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = finished / "checkpoints" / "step-00000003" / "state.safetensors"
-    shard = Shard.open(file)
-    tensors = {info.name: info.read() for info in shard.tensors}
-    name = next(name for name, tensor in tensors.items() if name.startswith(part) and tensor.is_floating_point())
-    tensors[name].view(-1)[0] = NAN
-    write_shard(file, shard.header, tensors.values())
+    checkpoint = finished / "checkpoints" / "step-00000003"
+    names = [info.name for info in Shard.open(checkpoint / "state.safetensors").tensors]
+    name = next(name for name in names if name.startswith(part) and not name.endswith(".step"))
+    put(checkpoint, name, NAN)
     capsys.readouterr()
     assert finetune(finished, max_steps=4) == 2
     assert f"{name} holds NaN" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from litlora.commands.finetune_report import Measures, card, live, report, row, 
 from litlora.decode import Sampling, generate
 from litlora.errors import InputError
 from litlora.loggers import Loggers
-from litlora.lora import lora_modules
+from litlora.lora import lora_modules, lora_parameters
 from litlora.memory import MicroBatch
 from litlora.metrics import Progress, peak_memory, say
 from litlora.model import Decoder, validation_loss
@@ -195,8 +195,16 @@ class Training:
         say(f"To go on: {self.resume_command}")
 
     def finish(self) -> None:
-        """Looks at what was saved, and writes and says the closing figures."""
+        """Looks at what was saved, and writes and says the closing figures. Raises TrainingError for an adapter of
+        anything but numbers."""
         job, totals = self.job, self.totals
+        if not all(torch.isfinite(parameter).all() for parameter in lora_parameters(self.decoder)):
+            best = f"the best adapter, of step {totals.best_step}, in {self.files.out_dir}"
+            raise TrainingError(
+                "the last step has left values in the adapter that are not finite\n"
+                f"  where:  {self.files.last}\n  kept:   {best if totals.best_step else 'nothing'}\n"
+                "  fix:    a lower --learning_rate, and --overwrite true without --resume"
+            )
         if totals.step < len(job.plan):
             say(f"early stopping: {totals.validations_without_gain} validations in a row without a better loss")
         self.files.check_saved(lora_modules(self.decoder), job.base.config, job.save_dtype)
