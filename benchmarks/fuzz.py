@@ -145,17 +145,6 @@ def tree(root: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def place(file: Path, content: bytes | None) -> None:
-    """Writes it, or a link, in place of what is there; None: nothing."""
-    from fuzzing.targets import LINK
-
-    file.unlink(missing_ok=True)
-    if content is not None and content.startswith(LINK):
-        file.symlink_to(content[len(LINK) :].decode())
-    elif content is not None:
-        file.write_bytes(content)
-
-
 def outcome_of(read: Any, desk: Path, verbose: TextIO | None) -> str:
     from litlora.errors import InputError
     from litlora.merge import VerifyError
@@ -179,7 +168,7 @@ def outcome_of(read: Any, desk: Path, verbose: TextIO | None) -> str:
 
 def one(name: str, number: int, seed: int, desk: Path, watch: Watch, verbose: TextIO | None = None) -> Result:
     """Mutates the target's file, has it read, and puts it back."""
-    from fuzzing.targets import TARGETS
+    from fuzzing.targets import TARGETS, place
 
     target = TARGETS[name]
     file = target.find(desk)
@@ -290,7 +279,7 @@ def _results(reading: int, numbers: range) -> Generator[Result, None, int | None
 
 def campaign(name: str, inputs: int, seed: int, desk: Path) -> list[Result]:
     """All inputs of a target, from 0 on."""
-    from fuzzing.targets import TARGETS
+    from fuzzing.targets import TARGETS, place
 
     file = TARGETS[name].find(desk)
     original = file.read_bytes() if file.exists() else None

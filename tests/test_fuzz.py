@@ -19,7 +19,7 @@ import pytest
 from fuzzing.desk import make_desk
 from fuzzing.hostile import TIME, YAML
 from fuzzing.pickles import PAYLOADS, payload
-from fuzzing.targets import LINK, TARGETS
+from fuzzing.targets import LINK, TARGETS, place
 
 from litlora.errors import InputError
 from litlora.tokenizer import sandbox
@@ -184,14 +184,6 @@ def test_found_once(
     assert re.search(said, message), message
     assert len(message) < 10_000
     assert "SECRET" not in message
-
-
-def place(file: Path, content: bytes | None) -> None:
-    file.unlink(missing_ok=True)
-    if content is not None and content.startswith(LINK):
-        file.symlink_to(content[len(LINK) :].decode())
-    elif content is not None:
-        file.write_bytes(content)
 
 
 # --- the campaign itself

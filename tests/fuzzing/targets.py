@@ -40,6 +40,15 @@ LINKS = (
 _CACHE: dict[Any, Any] = {}
 
 
+def place(file: Path, content: bytes | None) -> None:
+    """Writes it, or a link, in place of what is there; None: nothing."""
+    file.unlink(missing_ok=True)
+    if content is not None and content.startswith(LINK):
+        file.symlink_to(content[len(LINK) :].decode())
+    elif content is not None:
+        file.write_bytes(content)
+
+
 @dataclass(frozen=True)
 class Target:
     """A file on the desk (@ stands for what only the desk knows), how it is mutated, and who reads it: one of `readers`
