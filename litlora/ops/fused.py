@@ -219,15 +219,17 @@ class _SwiGLU:
         again."""
         dy = past.contiguous().to(inside.gate.dtype)
         hidden, z_outer, again = inside.hidden, inside.z_outer, None
-        dz_outer, last = outer.low_gradients(z_outer, [dy]) if z_outer is not None else (outer.dz([dy]), [])
+        dz_outer, last = outer.low_gradients(z_outer, [dy])
+        if z_outer is None:
+            dz_outer = outer.dz([dy])
         if hidden is None and dz_outer is not None:
             hidden = again = torch.empty_like(inside.gate)
         low = outer.low_dx(dz_outer)
         d_hidden = outer.dx(dz_outer if low is None else None, [dy])
         low_gate, low_up = inner.lows(inside.z) or (None, None)
         dys = kernels.swiglu_backward(d_hidden, inside.gate, inside.up, low_gate, low_up, low, again)
-        if z_outer is None:
-            _, last = outer.low_gradients(None if hidden is None else outer.down(hidden), [dy])
+        if z_outer is None and hidden is not None and (z_outer := outer.down(hidden)) is not None:
+            outer.add_bottoms(last, z_outer, [dy])
         outer.add_tops(last, hidden, dz_outer)
         y = self.norm.of(x)[0] if inside.y is None and inside.z is not None else inside.y
         dz, gradients = inner.gradients(y, inside.z, dys)

@@ -118,10 +118,15 @@ class Group:
                 found[2 * index] = gradient
 
     def dz(self, dys: Sequence[Tensor]) -> Tensor | None:
-        """By itself, where z is not known yet."""
+        """By itself, where z is not known yet; `add_bottoms` follows."""
         if not self.adapted:
             return None
         return torch.cat([dys[index] @ b for (index, _), b in zip(self.adapted, self.b, strict=True)], dim=1)
+
+    def add_bottoms(self, found: list[Tensor | None], z: Tensor, dys: Sequence[Tensor]) -> None:
+        """The gradient of each B."""
+        for (index, p), low in zip(self.adapted, self._split(z), strict=True):
+            found[2 * index + 1] = fp32_mm(dys[index].t(), low) * p.scale
 
     def dx(self, dz: Tensor | None, dys: Sequence[Tensor]) -> Tensor:
         """The gradient (N, I) of x; that of the frozen weights only where `dz` is None."""
