@@ -16,6 +16,7 @@ from litlora.config import ModelConfig
 from litlora.errors import InputError
 from litlora.lora import LoRA
 from litlora.ops.reference import LOGITS_BYTES, TILE
+from litlora.optimizers import moment_bytes
 from litlora.recompute import POLICIES, Kept
 
 SPARE = 0.05  # of a card's memory that a run leaves free: the allocator's gaps
@@ -27,7 +28,6 @@ QUANTIZED = {  # bytes a weight, with the constants: blocks of 64, and 256 of th
     "bnb.fp4-dq": 0.5 + 1 / 64 + 4 / (64 * 256),
     "fp8": 1.0,
 }
-STATES = {"adamw": 2.0, "adamw_8bit": 2.0, "sgd": 0.0}  # moments a parameter: of its dtype, or one byte each in 8 bit
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Recipe:
 
     def footprint(self, micro: MicroBatch) -> Footprint:
         adapter, item = self.adapter_parameters, self.compute.itemsize
-        own, moment = self.lora_dtype.itemsize, 1 if self.optimizer == "adamw_8bit" else self.lora_dtype.itemsize
+        own = self.lora_dtype.itemsize
         widths, hidden = self.widths, item * self.config.hidden_size
         whole = self.config.num_hidden_layers - micro.blocks  # blocks that keep what their backward pass reads
         copies = 0 if self.lora_dtype == self.compute else item * whole / self.config.num_hidden_layers
@@ -121,7 +121,7 @@ class Recipe:
             weights=self.weight_bytes,
             adapter=adapter * (own + copies),
             gradients=adapter * own,
-            optimizer=adapter * STATES[self.optimizer] * moment,
+            optimizer=adapter * moment_bytes(self.optimizer, own),
             activations=micro.tokens * per_token,
             block=block,
             logits=logits + 2 * micro.tokens * hidden,

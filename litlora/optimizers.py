@@ -32,13 +32,17 @@ def make_optimizer(
     raise InputError("unknown --optimizer", got=name, wanted=", ".join(OPTIMIZERS))
 
 
+def moment_bytes(name: str, itemsize: int) -> int:
+    """An optimizer's state a parameter of `itemsize` bytes: AdamW's two moments, in its dtype or in a byte each."""
+    return {"adamw": 2 * itemsize, "adamw_8bit": 2, "sgd": 0}[name]
+
+
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """What an optimizer of `make_optimizer` holds after its first step."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     own = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
-    if isinstance(own, torch.optim.SGD):
-        return 0
-    return sum(2 * p.numel() * (p.element_size() if isinstance(own, torch.optim.AdamW) else 1) for p in parameters)
+    name = {torch.optim.AdamW: "adamw", torch.optim.SGD: "sgd"}.get(type(own), "adamw_8bit")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return sum(p.numel() * moment_bytes(name, p.element_size()) for p in parameters)
 
 
 def require_optimizer(name: str, device: torch.device) -> None:
