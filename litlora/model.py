@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from litlora.config import ModelConfig
 from litlora.ops import Ops
 from litlora.ops.reference import Keep
-from litlora.recompute import Kept
+from litlora.recompute import Kept, Runner
 from litlora.sequences import Packed, Sequences, View
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
         angles = sequences.positions[:, None].float() * self.inverse_frequencies  # (N, D/2), fp32: positions reach 1e5
         cos, sin = angles.cos()[:, None].to(x.dtype), angles.sin()[:, None].to(x.dtype)
         views = sequences.views(self.config.sliding_windows)
-        run = (self.kept if self.training else Kept()).runner(masks)
+        run = Runner(self.kept if self.training else Kept(), masks)
         for block, view in zip(self.model.layers, views, strict=True):
             x = run(block, x, cos, sin, view)
         return self.model.norm(x)  # type: ignore[no-any-return]

@@ -42,9 +42,6 @@ class Kept:
         """What `parse` takes."""
         return f"{self.policy}:{self.blocks}" if 0 < self.blocks < layers else self.policy
 
-    def runner(self, masks: Masks | None) -> Runner:
-        return Runner(self, masks)
-
 
 class Runner:
     """The blocks of one forward pass, in turn. `masks` of the fused operations, which do most of this themselves."""
@@ -65,15 +62,10 @@ class Runner:
 
     def _recomputed(self, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
         held = self.last = _Held(x, self.last)
-        masks, options = self.masks, {}
-        if masks is not None:
-            options = {"keep": "input"}
-            again: Callable[[], Any] = lambda: (nullcontext(), masks.recompute())  # noqa: E731
-        else:
-            again = lambda: (nullcontext(), nullcontext())  # noqa: E731
+        again: Callable[[], Any] = nullcontext if self.masks is None else self.masks.recompute
         y: Tensor = checkpoint(
-            lambda held, *rest: block(held.get(), *rest, **options), held, *rest,
-            use_reentrant=False, preserve_rng_state=masks is None, context_fn=again,
+            lambda held, *rest: block(held.get(), *rest, keep="input"), held, *rest,
+            use_reentrant=False, preserve_rng_state=self.masks is None, context_fn=lambda: (nullcontext(), again()),
         )  # fmt: skip
         if self.kept.policy == "offload" and x.is_cuda:
             held.leave()
@@ -86,7 +78,7 @@ class _Held:
 
     def __init__(self, x: Tensor, before: _Held | None) -> None:
         self.x: Tensor | None = x
-        self.before = before
+        self.before, self.device = before, x.device
         self.needs_gradient = x.requires_grad
         self.host: Tensor | None = None
         self.ready: torch.cuda.Event | None = None
@@ -100,7 +92,7 @@ class _Held:
         x, self.x = self.x, None
         assert x is not None
         assert self.ready is not None
-        here = torch.cuda.current_stream(x.device)
+        here = torch.cuda.current_stream(self.device)
         here.wait_event(self.ready)
         x.record_stream(here)
         if self.before is not None:
@@ -110,13 +102,12 @@ class _Held:
     def leave(self) -> None:
         x, self.x = self.x, None
         assert x is not None
-        stream = _copies(x.device)
-        stream.wait_stream(torch.cuda.current_stream(x.device))
+        stream = _copies(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.no_grad(), torch.cuda.stream(stream):
             self.host = _pinned(x)
             self.host.copy_(x, non_blocking=True)
         x.record_stream(stream)
-        self.device = x.device
 
     def fetch(self) -> None:
         """Begins the way back."""
