@@ -4,7 +4,7 @@ loaded yet."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -159,18 +159,23 @@ def fit_micro_batch(job: Job, memory: float | None) -> MicroBatch:
     return choose_micro_batch(recipe_of(job), longest, memory, kept_of(job.args, job.base), tokens)
 
 
+def step_packs(job: Job, micro: MicroBatch, indices: Sequence[int]) -> list[list[int]]:
+    """An optimizer step's examples by micro-batch."""
+    rows = job.args.micro_batch_size
+    return packs(job.data.dataset, indices, max_tokens=None if rows else micro.tokens, max_rows=rows)
+
+
 def largest_pack(job: Job, micro: MicroBatch) -> list[int]:
     """Of the whole run's micro-batches the examples of the one with most tokens, also in a resumed run: launched in
     another way it would have other last digits."""
-    rows, lengths = job.args.micro_batch_size, job.data.dataset.lengths
-    cut = {"max_tokens": None if rows else micro.tokens, "max_rows": rows}
-    every = (pack for _, indices in job.plan for pack in packs(job.data.dataset, indices, **cut))
+    lengths = job.data.dataset.lengths
+    every = (pack for _, indices in job.plan for pack in step_packs(job, micro, indices))
     return max(every, key=lambda pack: (lengths[pack].sum(), lengths[pack].max()))
 
 
-def expected_footprint(job: Job, micro: MicroBatch) -> Footprint:
-    """What the run will hold on a GPU, at its largest micro-batch."""
-    tokens = int(job.data.dataset.lengths[largest_pack(job, micro)].sum())
+def expected_footprint(job: Job, micro: MicroBatch, largest: Sequence[int]) -> Footprint:
+    """What the run will hold on a GPU, at its `largest_pack`."""
+    tokens = int(job.data.dataset.lengths[largest].sum())
     return recipe_of(job).footprint(replace(micro, tokens=tokens))
 
 

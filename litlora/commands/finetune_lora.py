@@ -21,6 +21,7 @@ from litlora.commands.finetune_job import (
     kept_of,
     largest_pack,
     prepare,
+    step_packs,
 )
 from litlora.commands.finetune_report import Measures
 from litlora.commands.finetune_training import Training
@@ -34,7 +35,7 @@ from litlora.metrics import Progress, reset_peak_memory, say
 from litlora.model import CausalLoss, Decoder
 from litlora.ops import fastest
 from litlora.optimizers import make_optimizer, make_schedule
-from litlora.packing import Batch, collate, micro_batches
+from litlora.packing import Batch, collate
 from litlora.peft_format import Record, load_factors
 from litlora.resume import Totals
 from litlora.run_files import RunFiles
@@ -119,7 +120,6 @@ def set_up(job: Job, fabric: Fabric, decoder: Decoder) -> Training:
         checkpoint.restore(decoder, optimizer)
         totals, metrics = checkpoint.totals, files.resume(settings, checkpoint)
         say(f"resuming after step {totals.step:,} of {len(job.plan):,}, from {checkpoint.directory}")
-    say_micro_batches(job, micro)
     reset_peak_memory(job.device)
     measures = Measures.of(job.base.config, lora_modules(decoder), micro, job.precision)
     training = Training(
@@ -142,12 +142,12 @@ def choose_micro(job: Job) -> MicroBatch:
     return replace(micro, tokens=job.args.micro_batch_tokens or micro.tokens)
 
 
-def say_micro_batches(job: Job, micro: MicroBatch) -> None:
+def say_micro_batches(job: Job, micro: MicroBatch, largest: list[int]) -> None:
     rows = job.args.micro_batch_size
     size = f"{rows} rows" if rows else f"up to {micro.tokens:,} tokens"
     text = f"micro-batches: {size}, {micro.describe(job.base.config.num_hidden_layers)}"
     if job.device.type == "cuda":
-        text += f"; expected peak {expected_footprint(job, micro).peak / 1e9:.2f} GB"
+        text += f"; expected peak {expected_footprint(job, micro, largest).peak / 1e9:.2f} GB"
     if not job.args.quiet:
         say(text)
 
@@ -157,10 +157,12 @@ def fit(training: Training, stop: Stop) -> str | None:
     end. Raises TrainingError when it cannot go on."""
     job, args, totals = training.job, training.job.args, training.totals
     schedule = make_schedule(args.lr_schedule, args.warmup_steps, len(job.plan))
+    largest = largest_pack(job, training.micro)
+    say_micro_batches(job, training.micro, largest)
     steps = train(
         training.fabric, training.model, training.optimizer, batches(job, training.micro, totals.step),
         learning_rate=args.learning_rate, schedule=schedule, max_norm=args.max_norm, done=totals.step,
-        largest=collate(job.data.dataset, largest_pack(job, training.micro)),
+        largest=collate(job.data.dataset, largest),
     )  # fmt: skip
     with stop, training.progress:
         while not training.ended:
@@ -179,9 +181,8 @@ def fit(training: Training, stop: Stop) -> str | None:
 
 def batches(job: Job, micro: MicroBatch, done: int) -> Iterator[tuple[int, list[Batch]]]:
     """(epoch, micro-batches) of each optimizer step after the first `done`."""
-    rows = job.args.micro_batch_size
     for epoch, indices in job.plan[done:]:
-        yield epoch, micro_batches(job.data.dataset, indices, max_tokens=None if rows else micro.tokens, max_rows=rows)
+        yield epoch, [collate(job.data.dataset, pack) for pack in step_packs(job, micro, indices)]
 
 
 def first_record(job: Job) -> Record:

@@ -17,15 +17,16 @@ from litlora.commands.finetune_job import (
     disk_bytes,
     expected_footprint,
     fit_micro_batch,
+    largest_pack,
     prepare,
     recipe_of,
+    step_packs,
 )
 from litlora.errors import InputError
 from litlora.load import parameter_count
 from litlora.memory import SPARE, Footprint, MicroBatch, usable_memory
 from litlora.metrics import duration
 from litlora.pace import Card, choose_micro_batch, seconds_of_run
-from litlora.packing import packs
 
 CONTEXT = 0.6e9  # bytes of a card that CUDA itself takes
 NAMES = {
@@ -60,7 +61,7 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     job = prepare(replace(args, **flags), given)  # type: ignore[arg-type]
     # without a card to plan for, as one that holds everything
     micro = fit_micro_batch(job, memory if memory is not None else 1e15)
-    plan = describe(job, expected_footprint(job, micro), micro, memory)
+    plan = describe(job, expected_footprint(job, micro, largest_pack(job, micro)), micro, memory)
     card = Card.measured(cuda()) if args.gpu is None else None
     plan["seconds"] = None if card is None else expected_seconds(job, micro, card)
     if plan["fits"] is False:
@@ -84,19 +85,16 @@ def bytes_of(size: str) -> float:
 
 def expected_seconds(job: Job, micro: MicroBatch, card: Card) -> float:
     """Of training on `card`, from some of the run's steps."""
-    rows, dataset = job.args.micro_batch_size, job.data.dataset
     sample = job.plan[:: max(1, len(job.plan) // 50)]
-    cut = {"max_tokens": None if rows else micro.tokens, "max_rows": rows}
-    lengths = [dataset.lengths[pack] for _, indices in sample for pack in packs(dataset, indices, **cut)]
+    packs = (pack for _, indices in sample for pack in step_packs(job, micro, indices))
+    lengths = [job.data.dataset.lengths[pack] for pack in packs]
     return seconds_of_run(recipe_of(job), micro, lengths, card) * len(job.plan) / len(sample)
 
 
 def describe(job: Job, footprint: Footprint, micro: MicroBatch, memory: float | None) -> dict[str, Any]:
     """The plan; sizes in bytes."""
     args, data, steps = job.args, job.data, len(job.plan)
-    sample = [indices for _, indices in job.plan[:: max(1, steps // 20)]]
-    rows = args.micro_batch_size
-    cut = [packs(data.dataset, i, max_tokens=None if rows else micro.tokens, max_rows=rows) for i in sample]
+    cut = [step_packs(job, micro, indices) for _, indices in job.plan[:: max(1, steps // 20)]]
     parameters = adapter_parameters(job.base, job.lora)
     return {
         "model": str(args.checkpoint_dir),
