@@ -27,6 +27,7 @@ from litlora.kv_cache import PAGE, Decode, KVCache, Pages, Prefill  # noqa: E402
 from litlora.load import Directory, RandomWeights, load_model  # noqa: E402
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules  # noqa: E402
 from litlora.model import Decoder  # noqa: E402
+from litlora.ops import decode_attention  # noqa: E402
 from litlora.ops import decode_kernels as kernels  # noqa: E402
 from litlora.ops import decode_linear as linears  # noqa: E402
 from litlora.ops.decode_attention import Workspace, attend  # noqa: E402
@@ -212,9 +213,12 @@ def plain_attention(q: Tensor, keys: Tensor, values: Tensor, window: int | None)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 32), (6, 2, 20), (3, 1, 128)])
-def test_attention_over_the_cache(dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, size: int) -> None:
+def test_attention_over_the_cache(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, size: int
+) -> None:
     """Rows of every length, in parts and in one; twice, so that what the parts count begins at 0 again."""
     torch.manual_seed(5)
+    monkeypatch.setattr(decode_attention, "LEAST", 1)
     lengths, page = [0, 1, 31, 32, 33, 200, 130], 32  # before the new token
     table = torch.randperm(len(lengths) * 7).view(len(lengths), 7).int()
     random = lambda *shape: torch.randn(shape).to(DEVICE, dtype)  # noqa: E731

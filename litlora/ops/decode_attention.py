@@ -19,6 +19,7 @@ from torch import Tensor
 from litlora.ops.decode_kernels import PLAIN, _order
 
 TILE = 64  # keys at a time
+LEAST = 4  # tiles of a part: what the parts of a short row leave for each other would take longer
 BUSY = 2  # programs for each multiprocessor, where a row's length gives so many
 LARGEST_HEAD = 256
 
@@ -47,8 +48,8 @@ def _attend(
     q, k, v, q_stride, kv_stride, cos, sin, q_weight, k_weight, eps, keys, values, positions, table, most_pages,
     out, sums, bounds, arrived, scale, window, kv_heads,
     group: tl.constexpr, group_block: tl.constexpr, half: tl.constexpr, half_block: tl.constexpr, parts: tl.constexpr,
-    page: tl.constexpr, tile: tl.constexpr, windowed: tl.constexpr, norm: tl.constexpr, rotate: tl.constexpr,
-    layout: tl.constexpr, pdl: tl.constexpr,
+    page: tl.constexpr, tile: tl.constexpr, least: tl.constexpr, windowed: tl.constexpr, norm: tl.constexpr,
+    rotate: tl.constexpr, layout: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
     row, head, part = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     position = tl.load(positions + row).to(tl.int32)
@@ -56,7 +57,7 @@ def _attend(
     if windowed:
         lowest = tl.maximum(position - window + 1, 0)
     start = lowest // tile * tile
-    share = tl.cdiv(tl.cdiv(position + 1 - start, parts), tile) * tile
+    share = tl.maximum(tl.cdiv(tl.cdiv(position + 1 - start, parts), tile), least) * tile
     used = tl.cdiv(position + 1 - start, share)
     if pdl:  # nothing above depends on the kernels of this step
         tl.extra.cuda.gdc_wait()
@@ -195,7 +196,7 @@ def attend(
         table.stride(0), out, workspace.sums, workspace.bounds, workspace.arrived,
         math.log2(math.e) / math.sqrt(size), window or 0, kv_heads,
         group=group, group_block=max(16, _power(group)), half=half, half_block=max(16, _power(half)),
-        parts=workspace.parts, page=page, tile=tile, windowed=window is not None, norm=norms is not None,
+        parts=workspace.parts, page=page, tile=tile, least=LEAST, windowed=window is not None, norm=norms is not None,
         rotate=rotation is not None, layout=layout, pdl=pdl, num_warps=4, num_stages=3 if size <= 128 else 2,
         **options,
     )  # fmt: skip

@@ -101,31 +101,40 @@ def _unpacked(words, table, like, asm: tl.constexpr, operands: tl.constexpr):
 
 
 @triton.jit
-def _eighth(total, words, table, x, inside, number: tl.constexpr):
-    weight = tl.load(table + ((words >> 4 * (number ^ 1)) & 15))
-    return total + weight * tl.load(x, mask=inside, other=0.0).to(tl.float32)
+def _planes(x, word, plane):
+    """Eight (1, W): what the weights of words are multiplied by, from x in PLANES; 0 behind its end."""
+    inside, x = word < plane, x + word
+    a, b = tl.load(x, mask=inside, other=0.0), tl.load(x + plane, mask=inside, other=0.0)
+    c, d = tl.load(x + 2 * plane, mask=inside, other=0.0), tl.load(x + 3 * plane, mask=inside, other=0.0)
+    e, f = tl.load(x + 4 * plane, mask=inside, other=0.0), tl.load(x + 5 * plane, mask=inside, other=0.0)
+    g, h = tl.load(x + 6 * plane, mask=inside, other=0.0), tl.load(x + 7 * plane, mask=inside, other=0.0)
+    return a, b, c, d, e, f, g, h
 
 
 @triton.jit
-def _dotted(words, table, mine, x, inside, plane, asm: tl.constexpr, operands: tl.constexpr):
-    """(O, W) words -> (O, W), the sums of their eight weights without scales times x, which lies in PLANES; what is not
-    `inside` (1, W) counts as 0."""
-    total = tl.zeros(words.shape, tl.float32)
+def _weighed(words, table, x, number: tl.constexpr):
+    return tl.load(table + ((words >> 4 * (number ^ 1)) & 15)) * x.to(tl.float32)
+
+
+@triton.jit
+def _dotted(words, table, mine, x0, x1, x2, x3, x4, x5, x6, x7, asm: tl.constexpr, operands: tl.constexpr):
+    """(O, W) words -> (O, W), the sums of their eight weights without scales times what `_planes` gave."""
     if asm is None:
-        for number in tl.static_range(8):
-            total = _eighth(total, words, table, x + number * plane, inside, number)
+        total = _weighed(words, table, x0, 0) + _weighed(words, table, x1, 1) + _weighed(words, table, x2, 2)
+        total += _weighed(words, table, x3, 3) + _weighed(words, table, x4, 4) + _weighed(words, table, x5, 5)
+        total += _weighed(words, table, x6, 6) + _weighed(words, table, x7, 7)
     else:
         a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
             asm, operands, [words, mine], dtype=(tl.float32,) * 8, is_pure=False, pack=1
         )
-        total += a * tl.load(x, mask=inside, other=0.0).to(tl.float32)
-        total += b * tl.load(x + plane, mask=inside, other=0.0).to(tl.float32)
-        total += c * tl.load(x + 2 * plane, mask=inside, other=0.0).to(tl.float32)
-        total += d * tl.load(x + 3 * plane, mask=inside, other=0.0).to(tl.float32)
-        total += e * tl.load(x + 4 * plane, mask=inside, other=0.0).to(tl.float32)
-        total += f * tl.load(x + 5 * plane, mask=inside, other=0.0).to(tl.float32)
-        total += g * tl.load(x + 6 * plane, mask=inside, other=0.0).to(tl.float32)
-        total += h * tl.load(x + 7 * plane, mask=inside, other=0.0).to(tl.float32)
+        total = a * x0.to(tl.float32)
+        total += b * x1.to(tl.float32)
+        total += c * x2.to(tl.float32)
+        total += d * x3.to(tl.float32)
+        total += e * x4.to(tl.float32)
+        total += f * x5.to(tl.float32)
+        total += g * x6.to(tl.float32)
+        total += h * x7.to(tl.float32)
     return total
 
 
@@ -155,10 +164,14 @@ def _four_bit_row(
         mine = tl.inline_asm_elementwise(
             mine_asm, "=f,l", [(table + 8).to(tl.int64)], tl.float32, is_pure=False, pack=1
         )
+    # all that a turn of the loop needs was asked for in the turn before it
+    x0, x1, x2, x3, x4, x5, x6, x7 = _planes(x, word, plane)
     total = tl.zeros((tile_o, blocks), tl.float32)
     for start in tl.range(0, plane, tile_i // 8, num_stages=1):
         current, ahead = following, start + tile_i // 8
+        y0, y1, y2, y3, y4, y5, y6, y7 = x0, x1, x2, x3, x4, x5, x6, x7
         following = tl.load(places + ahead, mask=ahead + word < plane, other=0)
+        x0, x1, x2, x3, x4, x5, x6, x7 = _planes(x, ahead + word, plane)
         if nested:
             scale = tl.load(code + absmax.to(tl.int32)) * nested_absmax + shift
         else:
@@ -167,7 +180,7 @@ def _four_bit_row(
         absmax = tl.load(scales + at)
         if nested:
             nested_absmax = tl.load(nested_scales + at // 256)
-        sums = _dotted(current, table, mine, x + start + word, start + word < plane, plane, asm, operands)
+        sums = _dotted(current, table, mine, y0, y1, y2, y3, y4, y5, y6, y7, asm, operands)
         total += tl.sum(tl.reshape(sums, (tile_o, blocks, 8)), 2) * scale
     return tl.sum(total, 1)[None]
 
