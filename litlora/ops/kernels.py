@@ -213,7 +213,7 @@ def swiglu_backward(
     lows, ranks, r = _lows(gate, low_gate, low_up)
     dz, a = low_dy or (gate[:, :0], gate)
     rank = dz.shape[1]
-    stride, tile, block = max(low.stride(0) for low in (lows[0], lows[2])), 32, 128
+    stride, tile, block = max(low.stride(0) for low in (lows[0], lows[2])), 16, 128
     _swiglu_low_backward[(triton.cdiv(rows, tile), triton.cdiv(size, block))](
         dy, gate, up, d_gate, y, *lows, dz, a, rows, size, stride, dz.stride(0), *ranks, rank, again=again,
         tile=tile, block=block, r=max(r, 16, power(max(1, rank))), num_warps=4,
