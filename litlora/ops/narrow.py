@@ -108,7 +108,7 @@ def quantize_rows(xs: Sequence[Tensor], columns: Sequence[Tensor] | None = None)
     widths = [*sizes, 0, 0][:3]
     _quantize_rows[(rows,)](
         *three, *factors, y, scales, *widths,
-        count=len(xs), scaled=columns is not None, block=block, num_warps=min(16, max(1, block // 1024)),
+        count=len(xs), scaled=columns is not None, block=block, num_warps=min(4, max(1, block // 1024)),
     )  # fmt: skip
     return y, scales
 
