@@ -56,8 +56,8 @@ class Attention(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj)
         x, *projected = self.ops.norm_linears(x, norm.weight, norm.eps, projections, keep)
         q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)
-        q, k = self.ops.rope(self.q_norm(q), self.k_norm(k), cos, sin)  # (N, H, D), (N, K, D)
-        return self.ops.linear_add(x, view.attend(q, k, v).flatten(1), self.o_proj)
+        attended = self.ops.rope_attend(self.q_norm(q), self.k_norm(k), v, cos, sin, view)  # (N, H, D)
+        return self.ops.linear_add(x, attended.flatten(1), self.o_proj)
 
 
 class MLP(nn.Module):

@@ -8,21 +8,14 @@ Sizes: N tokens, S sequences, H heads, K key/value heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from litlora.ops.attention import Ragged, can_varlen, varlen
+from litlora.ops.attention import Bounds, Inside, View
 
-
-class View(Protocol):
-    """What one layer sees."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (N, H, D), k and v (N, K, D), rotated -> (N, H, D)."""
-        ...
+__all__ = ["Packed", "Sequences", "View"]
 
 
 class Sequences(Protocol):
@@ -46,7 +39,6 @@ class Packed:
 
     def __init__(self, positions: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
         self.positions, self.cu_seqlens, self.max_seqlen = positions, cu_seqlens, max_seqlen
-        self._ragged: Ragged | None = None
 
     @classmethod
     def of_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packed:
@@ -54,22 +46,6 @@ class Packed:
         bounds = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
         return cls(positions, bounds, max(lengths))
 
-    def ragged(self) -> Ragged:
-        if self._ragged is None:
-            self._ragged = Ragged(self.cu_seqlens)
-        return self._ragged
-
     def views(self, windows: Sequence[int | None]) -> Sequence[View]:
-        return [_PackedView(self, window) for window in windows]
-
-
-@dataclass(frozen=True)
-class _PackedView:
-    packed: Packed
-    window: int | None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        window = self.window if self.window is not None and self.window < self.packed.max_seqlen else None
-        if can_varlen(q, window):
-            return varlen(q, k, v, self.packed.cu_seqlens, self.packed.max_seqlen, window)
-        return self.packed.ragged().attend(q, k, v, window)
+        bounds, longest = Bounds(self.cu_seqlens, self.max_seqlen, len(self.positions)), self.max_seqlen
+        return [Inside(bounds, None if window is None or window >= longest else window) for window in windows]

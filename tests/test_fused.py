@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -22,7 +23,17 @@ from litlora.frozen import DenseLinear, FrozenLinear, make_quantizer  # noqa: E4
 from litlora.load import RandomWeights, load_model  # noqa: E402
 from litlora.lora import FLAG_TARGETS, LoRA, LoRALinear, adapt, lora_modules, lora_parameters  # noqa: E402
 from litlora.model import CausalLoss, Decoder  # noqa: E402
-from litlora.ops import Ops, fused, group, kernels, low_rank, narrow, reference  # noqa: E402
+from litlora.ops import (  # noqa: E402
+    Ops,
+    attention,
+    attention_kernels,
+    fused,
+    group,
+    kernels,
+    low_rank,
+    narrow,
+    reference,
+)
 from litlora.ops.reference import Keep  # noqa: E402
 from litlora.packing import Batch  # noqa: E402
 from litlora.recompute import Kept  # noqa: E402
@@ -109,9 +120,81 @@ def test_rope(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         q, k = (random(7, h, size).to(dtype).requires_grad_() for h in (heads, kv_heads))
         angle = random(7, 1, size // 2)
-        return backward(ops.rope(q, k, angle.cos().to(dtype), angle.sin().to(dtype)), [q, k])
+        return backward([ops.rope_attend(q, k, q, angle.cos().to(dtype), angle.sin().to(dtype), SideBySide())], [q, k])
 
     held(run, dtype)
+
+
+class SideBySide:
+    """A view that shows what it is given."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([q, k, v], dim=1)
+
+
+def plain_varlen(
+    q: Tensor, k: Tensor, v: Tensor, bounds: attention.Bounds, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """What flash attention gives, for where there is none."""
+    logsums, group = torch.empty(q.shape[1], len(q)), q.shape[1] // k.shape[1]
+    for start, stop in pairwise(bounds.cu_seqlens.tolist()):
+        keys = k[start:stop].repeat_interleave(group, dim=1)
+        scores = torch.einsum("ihd,jhd->hij", q[start:stop], keys) / q.shape[2] ** 0.5
+        seen = attention.window_mask(stop - start, window or len(q), q.device)
+        logsums[:, start:stop] = scores.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    return bounds.ragged.attend(q, k, v, window), logsums
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Short sequences take our backward pass here as they do on a card. The dtypes of those that did."""
+    if not CUDA:
+        monkeypatch.setattr(attention, "can_varlen", lambda q, window: True)
+        monkeypatch.setattr(attention, "varlen", plain_varlen)
+        monkeypatch.setattr(
+            attention.Inside, "attend", lambda self, *qkv: plain_varlen(*qkv, self.bounds, self.window)[0]
+        )
+    taken: list[torch.dtype] = []
+    ours = attention_kernels.backward
+
+    def backward(saved: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+        taken.append(saved[0].dtype)
+        return ours(saved, *rest)
+
+    monkeypatch.setattr(attention_kernels, "backward", backward)
+    return taken
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "window"),
+    [(2, 2, 32, None), (4, 2, 32, 20), (6, 2, 64, None), (2, 1, 128, 64), (4, 1, 64, 2), (1, 1, 32, 130)],
+)
+def test_attention_of_short_sequences(
+    heads: int, kv_heads: int, size: int, window: int | None, dtype: torch.dtype, short: list[torch.dtype]
+) -> None:
+    lengths = [1, 63, 64, 0, 65, 200, 0]
+
+    def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(0)
+        view = Packed.of_lengths(lengths, DEVICE).views([window])[0]
+        q, k, v = (random(sum(lengths), h, size).to(dtype).requires_grad_() for h in (heads, kv_heads, kv_heads))
+        angle = random(sum(lengths), 1, size // 2)
+        return backward([ops.rope_attend(q, k, v, angle.cos().to(dtype), angle.sin().to(dtype), view)], [q, k, v])
+
+    held(run, dtype)
+    assert short == ([] if CUDA and dtype == torch.float32 else [dtype])
+
+
+def test_long_sequences_and_odd_head_dims_keep_flash_attention(short: list[torch.dtype]) -> None:
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    for longest, size, wanted in ((64, 32, 1), (attention_kernels.LONGEST + 1, 32, 0), (64, 48, 0)):
+        short.clear()
+        q, k, v = (random(longest + 3, 1, size).to(dtype).requires_grad_() for _ in range(3))
+        view, angle = Packed.of_lengths([longest, 3], DEVICE).views([None])[0], random(len(q), 1, size // 2).to(dtype)
+        attended = FUSED.rope_attend(q, k, v, angle.cos(), angle.sin(), view)
+        assert all(g.isfinite().all() for g in torch.autograd.grad(attended.sum(), [q, k, v]))
+        assert len(short) == wanted, (longest, size)
 
 
 FORMATS = [None, "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq"] if CUDA else [None, "bnb.nf4-dq"]
@@ -250,11 +333,11 @@ def test_dropout_is_one_mask_an_adapter_the_same_forward_and_backward(ranks: tup
 # ---------------------------------------------------------------- whole models
 
 FAMILIES: dict[str, dict[str, object]] = {
-    "llama": {},
+    "llama": {"head_dim": 32},
     "tied": {"tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
-    "mistral": {"model_type": "mistral", "sliding_window": 20},
+    "mistral": {"model_type": "mistral", "head_dim": 32, "sliding_window": 20},
 }
 
 
@@ -394,12 +477,13 @@ if CUDA:  # what the interpreter has no notion of
     def test_no_length_of_a_pack_compiles_anything_after_the_first_steps() -> None:
         import torch._dynamo.utils
 
-        model, decoder = model_of(FUSED, torch.bfloat16, config_of(), LoRA(8, 16, 0.1, EVERYTHING), "bnb.nf4-dq")
+        lora = LoRA(8, 16, 0.1, EVERYTHING)
+        model, decoder = model_of(FUSED, torch.bfloat16, config_of(head_dim=32), lora, "bnb.nf4-dq")
 
         def compiled() -> int:
-            rooms = (kernels, low_rank, narrow)
+            rooms = (kernels, attention_kernels, low_rank, narrow)
             functions = [f for room in rooms for f in vars(room).values() if hasattr(f, "device_caches")]
-            assert len(functions) > 12
+            assert len(functions) > 14
             return sum(len(cache[0]) for f in functions for cache in f.device_caches.values())
 
         for lengths in ([30, 34], [31, 17]):

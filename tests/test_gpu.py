@@ -16,7 +16,7 @@ from litlora.frozen import FOUR_BIT, Dense, make_quantizer
 from litlora.load import RandomWeights, load_model
 from litlora.lora import LoRA, adapt, lora_modules
 from litlora.model import CausalLoss
-from litlora.ops.attention import Ragged, can_varlen, varlen
+from litlora.ops.attention import Bounds, Ragged, can_varlen, varlen
 from litlora.packing import Batch
 from litlora.sequences import Packed
 
@@ -65,7 +65,7 @@ def test_varlen_attention_is_the_reference(window: int | None, kv_heads: int) ->
     q16, k16, v16 = (t.detach().bfloat16().requires_grad_() for t in (q, k, v))
     if not can_varlen(q16, window):
         pytest.skip("this torch has no variable-length attention with a window")
-    got = varlen(q16, k16, v16, packed.cu_seqlens, packed.max_seqlen, window)
+    got, _ = varlen(q16, k16, v16, Bounds(packed.cu_seqlens, packed.max_seqlen, len(q16)), window)
     plain = Ragged(packed.cu_seqlens).attend(q16, k16, v16, window)
     gradients = torch.autograd.grad(got, (q16, k16, v16), gradient.bfloat16())
     plain_gradients = torch.autograd.grad(plain, (q16, k16, v16), gradient.bfloat16())

@@ -6,13 +6,22 @@ Sizes: N tokens in the packed stream, S sequences, L padded length, H heads, K k
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class View(Protocol):
+    """What one layer sees."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (N, H, D), k and v (N, K, D), rotated -> (N, H, D)."""
+        ...
 
 
 def window_mask(length: int, window: int, device: torch.device) -> Tensor:
@@ -61,6 +70,32 @@ class Ragged:
         return torch.cat(outputs).index_select(0, self.inverse)
 
 
+TILE = 64
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of TILE tokens that each sequence is cut into: where each starts, and its sequence's first token and
+    end, (T,) int32. T depends on N and S only, so that a captured graph serves every batch of its shape; a tile that is
+    left over starts at its end."""
+
+    starts: Tensor
+    firsts: Tensor
+    ends: Tensor
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, tokens: int) -> Tiles:
+        """cu_seqlens (S+1,) int32; the card is not waited for."""
+        sequences = len(cu_seqlens) - 1
+        counts = (cu_seqlens.diff() + (TILE - 1)) // TILE
+        bounds = counts.cumsum(0)
+        tile = torch.arange(tokens // TILE + sequences, device=cu_seqlens.device)
+        which = torch.searchsorted(bounds, tile, right=True).clamp(max=sequences - 1)
+        firsts, ends = cu_seqlens[which], cu_seqlens[which + 1]
+        starts = firsts + TILE * (tile - (bounds - counts)[which])
+        return cls(torch.where(tile < bounds[-1], starts, ends).int(), firsts, ends)
+
+
 @lru_cache
 def _varlen_parameters() -> frozenset[str]:
     try:
@@ -68,6 +103,35 @@ def _varlen_parameters() -> frozenset[str]:
     except ImportError:
         return frozenset()
     return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+class Bounds:
+    """Where the sequences of a packed stream lie, and what attention works out of that once for all layers."""
+
+    def __init__(self, cu_seqlens: Tensor, longest: int, tokens: int) -> None:
+        """cu_seqlens (S+1,) int32; `longest` of the sequences, at least."""
+        self.cu_seqlens, self.longest, self.tokens = cu_seqlens, longest, tokens
+
+    @cached_property
+    def ragged(self) -> Ragged:
+        return Ragged(self.cu_seqlens)
+
+    @cached_property
+    def tiles(self) -> Tiles:
+        return Tiles.of(self.cu_seqlens, self.tokens)
+
+
+@dataclass(frozen=True)
+class Inside:
+    """The view of a packed stream: each token sees its own sequence up to itself, as far as the window reaches."""
+
+    bounds: Bounds
+    window: int | None  # None where it is not shorter than every sequence
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if can_varlen(q, self.window):
+            return varlen(q, k, v, self.bounds, self.window)[0]
+        return self.bounds.ragged.attend(q, k, v, self.window)
 
 
 def can_varlen(q: Tensor, window: int | None) -> bool:
@@ -81,9 +145,10 @@ def can_varlen(q: Tensor, window: int | None) -> bool:
     return torch.cuda.get_device_capability(q.device) >= (8, 0) and (window is None or "window_size" in names)
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None) -> Tensor:
-    """Flash attention on the packed stream itself; arguments as `Ragged.attend`."""
-    from torch.nn.attention.varlen import varlen_attn
+def varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, window: int | None) -> tuple[Tensor, Tensor]:
+    """Flash attention on the packed stream itself; arguments as `Ragged.attend`. Also the natural logarithm (H, N) fp32
+    of each query's sum of exponentials, which has no gradient."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     names = _varlen_parameters()
     extra: dict[str, Any] = {}
@@ -97,6 +162,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
             extra["enable_gqa"] = True
         else:
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **extra)
-    assert isinstance(out, Tensor)  # a tuple only with return_aux
-    return out
+    starts, longest = bounds.cu_seqlens, bounds.longest
+    found = varlen_attn(q, k, v, starts, starts, longest, longest, return_aux=AuxRequest(lse=True), **extra)
+    assert isinstance(found, tuple)  # a tensor only without return_aux
+    return found

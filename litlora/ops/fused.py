@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from litlora.ops import kernels, reference
+from litlora.ops import attention, attention_kernels, kernels, reference
+from litlora.ops.attention import Inside, View
 from litlora.ops.group import Group, factors
 from litlora.ops.low_rank import SEEDS
 from litlora.ops.parts import Parts, parts_of
@@ -311,7 +312,7 @@ def norm_mlp(masks: Masks, x: Tensor, weight: Tensor, eps: float, modules: Seque
     return _NormMLP.apply(x, mlp, keep == "lean", *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
 
 
-# ---------------------------------------------------------------- norms, rotary embedding
+# ---------------------------------------------------------------- norms, rotary embedding, attention
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -357,6 +358,33 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     if q.dtype not in DTYPES:
         return reference.rope(q, k, cos, sin)
     return _Rope.apply(q, k, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _RopeAttend(torch.autograd.Function):
+    """Flash attention forward; backward with our kernels, which also rotate back."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, inside: Inside) -> Tensor:
+        q, k = kernels.rope(q.contiguous(), k.contiguous(), cos, sin)
+        out, logsums = attention.varlen(q, k, v.contiguous(), inside.bounds, inside.window)
+        ctx.inside = inside
+        ctx.save_for_backward(q, k, v.contiguous(), cos, sin, out, logsums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        d_out, inside = gradients[0].contiguous(), ctx.inside
+        found = attention_kernels.backward(ctx.saved_tensors, d_out, inside.bounds.tiles, inside.window)
+        return *found, None, None, None
+
+
+def rope_attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
+    records = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if records and isinstance(view, Inside) and attention_kernels.takes(q, k, v, view):
+        return _RopeAttend.apply(q, k, v, cos, sin, view)  # type: ignore[no-any-return,no-untyped-call]
+    q, k = rope(q, k, cos, sin)
+    return view.attend(q, k, v)
 
 
 # ---------------------------------------------------------------- the head and its loss
@@ -407,8 +435,8 @@ def table(device: torch.device) -> Ops:
     masks = Masks(device)
     return Ops(
         rms_norm=rms_norm,
-        rope=rope,
         norm_linears=partial(norm_linears, masks),
+        rope_attend=rope_attend,
         linear_add=partial(linear_add, masks),
         norm_mlp=partial(norm_mlp, masks),
         linear_cross_entropy=partial(linear_cross_entropy, masks),

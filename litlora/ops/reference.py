@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from litlora.ops.attention import View
+
 Keep = Literal["all", "lean", "input"]  # for the backward pass: lean: no norms, no SwiGLU; input: nothing else
 LOGITS_BYTES = 256 * 2**20  # fp32 logits held at a time
 TILE = 4096  # tokens of an MLP at a time where its backward pass works everything out again
@@ -34,6 +36,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotates q (N, H, D) and k (N, K, D) by cos, sin (N, 1, D/2)."""
     return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rope_attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
+    """Attention (N, H, D) of q (N, H, D), k and v (N, K, D); q and k are rotated first, as `rope` does."""
+    q, k = rope(q, k, cos, sin)
+    return view.attend(q, k, v)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from litlora.ops import reference
+from litlora.ops.attention import View
 from litlora.ops.reference import Keep
 
 
@@ -34,10 +35,10 @@ class Ops:
     """Shapes and meaning are in `reference`, which is also what each replacement is held to."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
-    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = reference.rope
     norm_linears: Callable[[Tensor, Tensor, float, Sequence[nn.Module], Keep], tuple[Tensor, ...]] = (
         reference.norm_linears
     )
+    rope_attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, View], Tensor] = reference.rope_attend
     linear_add: Callable[[Tensor, Tensor, nn.Module], Tensor] = reference.linear_add
     norm_mlp: Callable[[Tensor, Tensor, float, Sequence[nn.Module], Keep], Tensor] = reference.norm_mlp
     linear_cross_entropy: Callable[[Tensor, nn.Module, Tensor], Tensor] = reference.linear_cross_entropy
