@@ -333,18 +333,18 @@ def test_dropout_is_one_mask_an_adapter_the_same_forward_and_backward(ranks: tup
 # ---------------------------------------------------------------- whole models
 
 FAMILIES: dict[str, dict[str, object]] = {
-    "llama": {"head_dim": 32},
-    "tied": {"tie_word_embeddings": True},
+    "llama": {},
+    "tied": {"tie_word_embeddings": True, "head_dim": 16},
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
-    "mistral": {"model_type": "mistral", "head_dim": 32, "sliding_window": 20},
+    "mistral": {"model_type": "mistral", "sliding_window": 20},
 }
 
 
 def config_of(**changes: object) -> ModelConfig:
     raw: dict[str, object] = {"model_type": "llama", "vocab_size": 300, "hidden_size": 96, "intermediate_size": 160}
-    raw |= {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
-    return ModelConfig.from_dict(raw | changes)
+    raw |= {"num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}
+    return ModelConfig.from_dict(raw | {"rms_norm_eps": 1e-5} | changes)
 
 
 def batch_of(lengths: Sequence[int]) -> Batch:
@@ -478,7 +478,7 @@ if CUDA:  # what the interpreter has no notion of
         import torch._dynamo.utils
 
         lora = LoRA(8, 16, 0.1, EVERYTHING)
-        model, decoder = model_of(FUSED, torch.bfloat16, config_of(head_dim=32), lora, "bnb.nf4-dq")
+        model, decoder = model_of(FUSED, torch.bfloat16, config_of(), lora, "bnb.nf4-dq")
 
         def compiled() -> int:
             rooms = (kernels, attention_kernels, low_rank, narrow)
