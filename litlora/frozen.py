@@ -31,6 +31,7 @@ class FrozenLinear(nn.Module):
     bias: nn.Parameter | None
 
     accumulates = True  # `add` is read by the product's own epilogue
+    rounds = False  # `prepare` rounds rows to fp8
 
     def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x (N, I) -> x Wᵀ (N, O), without bias; into `add`, added to what it holds, where given."""
@@ -221,7 +222,7 @@ class Fp8Linear(FrozenLinear):
         self.weight, self.scales = _frozen((wide / scales[:, None]).to(torch.float8_e4m3fn)), _frozen(scales)
         self.bias = None if bias is None else _frozen(bias)
         shaped = self.in_features % 16 == 0 and self.out_features % 16 == 0
-        self.products = weight.is_cuda and shaped and has_fp8(weight.device)
+        self.rounds = weight.is_cuda and shaped and has_fp8(weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         """Moves, never casts."""
@@ -233,7 +234,7 @@ class Fp8Linear(FrozenLinear):
 
     def prepare(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(x in fp8, the scales of its rows), where the card multiplies those."""
-        if not self.products:
+        if not self.rounds:
             return x
         from litlora.ops import narrow
 
@@ -241,7 +242,7 @@ class Fp8Linear(FrozenLinear):
 
     def mm(self, x: Tensor | tuple[Tensor, Tensor], add: Tensor | None = None) -> Tensor:
         if isinstance(x, Tensor):
-            if not self.products:
+            if not self.rounds:
                 return _product(x, self.dense_weight().to(x.dtype).t(), add)
             x = self.prepare(x)
         rounded, rows = x
@@ -252,9 +253,9 @@ class Fp8Linear(FrozenLinear):
 
     def sum_mm_t(self, others: Sequence[FrozenLinear], gradients: Sequence[Tensor], add: Tensor | None) -> Tensor:
         linears = [self, *(other for other in others if isinstance(other, Fp8Linear))]
-        if len(linears) <= len(others) or not self.products:  # another format is among them, or none is multiplied
+        if len(linears) <= len(others) or not self.rounds:  # another format is among them, or none is multiplied
             for linear, gradient in zip((self, *others), gradients, strict=True):
-                if isinstance(linear, Fp8Linear) and not linear.products:
+                if isinstance(linear, Fp8Linear) and not linear.rounds:
                     add = _product(gradient, linear.dense_weight().to(gradient.dtype), add)
                 else:
                     add = linear.mm_t(gradient, add)

@@ -114,6 +114,23 @@ def test_norms(rows: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_rounds_its_rows_as_they_are_rounded_later(dtype: torch.dtype) -> None:
+    if CUDA and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8 on this card")
+    torch.manual_seed(0)
+    x, weight = random(7, 4096).to(dtype), random(4096).to(dtype)
+    x[3] = 0
+    y, rstd, rounded = kernels.rms_norm(x, weight, 1e-5, rounds=True)
+    assert rounded is not None
+    for found, wanted in zip((y, rstd), kernels.rms_norm(x, weight, 1e-5)[:2], strict=True):
+        assert torch.equal(found, wanted)
+    for found, wanted in zip(rounded, narrow.quantize_rows([y]), strict=True):
+        assert torch.equal(found.float(), wanted.float())
+        assert found.shape == wanted.shape
+        assert found.dtype == wanted.dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 16), (9, 3, 64), (6, 2, 10)])
 def test_rope(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:

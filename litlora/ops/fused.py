@@ -79,20 +79,20 @@ class _NormLinears(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, norm: _Norm, parts: tuple[Parts, ...], seed: Tensor, lean: bool, *_factors: Tensor | None
     ) -> Any:
-        y, rstd = norm.of(x)
-        cast = Group.cast(parts, y.dtype)
+        cast = Group.cast(parts, norm.dtype)
         group = Group(parts, seed, cast)
+        y, rstd, rounded = norm.of(x, group.rounds)
         z = group.down(y)
         ctx.norm, ctx.parts, ctx.seed = norm, parts, seed
         ctx.save_for_backward(x, rstd, None if lean or z is None else y, z, *cast)
-        return x, *group.up(y, z)
+        return x, *group.up(y, z, rounded=rounded)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, past: Tensor, *dys: Tensor) -> Any:
         x, rstd, y, z, *cast = ctx.saved_tensors
         if y is None and z is not None:
-            y, _ = ctx.norm.of(x)
+            y, _, _ = ctx.norm.of(x)
         dys = tuple(dy.contiguous() for dy in dys)
         group = Group(ctx.parts, ctx.seed, cast)
         dz, gradients = group.gradients(y, z, dys)
@@ -106,9 +106,9 @@ class _Norm:
     eps: float
     dtype: torch.dtype  # of the products
 
-    def of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm (N, C) and 1/rms (N,)."""
-        return kernels.rms_norm(x, self.weight, self.eps, self.dtype)
+    def of(self, x: Tensor, rounds: bool = False) -> tuple[Tensor, Tensor, Any]:
+        """The norm (N, C), 1/rms (N,) and, if it `rounds`, the norm in fp8 for `Group.up`."""
+        return kernels.rms_norm(x, self.weight, self.eps, self.dtype, rounds=rounds)
 
     def backward(self, dy: Tensor, x: Tensor, rstd: Tensor, past: Tensor, out: Tensor | None = None) -> Tensor:
         """The gradient of x, `past` being what went by."""
@@ -203,9 +203,9 @@ class _SwiGLU:
         return *Group.cast(self.parts[:2], dtype), *Group.cast(self.parts[2:], dtype)
 
     def enter(self, inner: Group, x: Tensor) -> _Inside:
-        y, rstd = self.norm.of(x)
+        y, rstd, rounded = self.norm.of(x, inner.rounds)
         z = inner.down(y)
-        gate, up = inner.up(y, z if inner.lows(z) is None else None)
+        gate, up = inner.up(y, z if inner.lows(z) is None else None, rounded=rounded)
         return _Inside(y, rstd, z, gate, up)
 
     def leave(self, inner: Group, outer: Group, x: Tensor, inside: _Inside) -> Tensor:
@@ -318,7 +318,7 @@ def norm_mlp(masks: Masks, x: Tensor, weight: Tensor, eps: float, modules: Seque
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = kernels.rms_norm(x, weight, eps)
+        y, rstd, _ = kernels.rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 

@@ -35,6 +35,7 @@ class Group:
         self.b: Sequence[Tensor] = factors[1:]
         self.key = self.adapted[0][1].key if self.adapted else 0
         self.ranks = [b.shape[1] for b in self.b]
+        self.rounds = any(p.frozen.rounds for p in parts)
         self.together = len(set(self.ranks)) == 1 and self.ranks[0] <= LARGEST_RANK
 
     @staticmethod
@@ -69,14 +70,18 @@ class Group:
     def _dropped(self, x: Tensor, which: int) -> Tensor:
         return low_rank.dropped(x, self.seed, self.key, self.first, which, self.dropout)
 
-    def up(self, x: Tensor, z: Tensor | None, base: Tensor | None = None) -> list[Tensor]:
-        """The outputs (N, O), each on top of `base` (which is kept); without z, of the frozen weights only."""
+    def up(
+        self, x: Tensor, z: Tensor | None, base: Tensor | None = None, rounded: tuple[Tensor, Tensor] | None = None
+    ) -> list[Tensor]:
+        """The outputs (N, O), each on top of `base` (which is kept); without z, of the frozen weights only. `rounded`:
+        x in fp8 with the scales of its rows, where that is there already."""
         pairs = zip(self._split(z), self.b, strict=True) if z is not None else ()
         low = {index: pair for (index, _), pair in zip(self.adapted, pairs, strict=False)}
         prepared: dict[type, Any] = {}  # by format: x is rounded once for all linears of one
         for p in self.parts:
             if type(p.frozen) not in prepared:
-                prepared[type(p.frozen)] = p.frozen.prepare(x)
+                known = rounded is not None and p.frozen.rounds
+                prepared[type(p.frozen)] = rounded if known else p.frozen.prepare(x)
         return [_output(p, prepared[type(p.frozen)], low.get(index), base) for index, p in enumerate(self.parts)]
 
     def lows(self, z: Tensor | None) -> list[Low | None] | None:

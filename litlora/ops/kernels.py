@@ -12,12 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from litlora.ops.low_rank import Low, low_tile, power
+from litlora.ops.narrow import store_scale
 
 # ---------------------------------------------------------------- RMSNorm
 
 
 @triton.jit
-def _rms_norm(x, weight, y, rstd, size, eps, block: tl.constexpr):
+def _rms_norm(x, weight, y, rstd, narrow, scales, size, eps, rounds: tl.constexpr, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     inside = column < size
@@ -27,7 +28,12 @@ def _rms_norm(x, weight, y, rstd, size, eps, block: tl.constexpr):
     tl.store(rstd + row, scale)
     # rounded before it is scaled, as the reference and transformers do
     w = tl.load(weight + column, mask=inside, other=0.0)
-    tl.store(y + row * size + column, (value * scale).to(raw.dtype) * w, mask=inside)
+    normal = ((value * scale).to(raw.dtype) * w).to(y.dtype.element_ty)
+    tl.store(y + row * size + column, normal, mask=inside)
+    if rounds:
+        wide = normal.to(tl.float32)
+        wide *= store_scale(scales, row, tl.max(tl.abs(wide), 0))
+        tl.store(narrow + row * size + column, wide.to(tl.float8e4nv), mask=inside)
 
 
 @triton.jit
@@ -49,13 +55,19 @@ def _norm_warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """x (N, C), weight (C,) -> y (N, C) in `dtype` and 1/rms (N,) fp32."""
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None, *, rounds: bool = False
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """x (N, C), weight (C,) -> y (N, C) in `dtype`, 1/rms (N,) fp32 and, if it `rounds`, what `quantize_rows` makes of
+    y."""
     rows, size = x.shape
     y, rstd = torch.empty_like(x, dtype=dtype), torch.empty(rows, dtype=torch.float32, device=x.device)
+    rounded = (torch.empty_like(x, dtype=torch.float8_e4m3fn), torch.empty_like(rstd)[:, None]) if rounds else None
     block = power(size)
-    _rms_norm[(rows,)](x, weight, y, rstd, size, eps, block=block, num_warps=_norm_warps(block))
-    return y, rstd
+    _rms_norm[(rows,)](
+        x, weight, y, rstd, *(rounded or (y, rstd)), size, eps, rounds=rounds, block=block, num_warps=_norm_warps(block)
+    )
+    return y, rstd, rounded
 
 
 def rms_norm_backward(

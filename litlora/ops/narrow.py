@@ -69,6 +69,14 @@ def _scaled_part(x, columns, row, size, scaled: tl.constexpr, block: tl.constexp
 
 
 @triton.jit
+def store_scale(scales, row, top):
+    """The scale of a row whose largest magnitude is `top`; what the row is to be multiplied by."""
+    top = tl.maximum(top, 1e-12)
+    tl.store(scales + row, top / 448.0)
+    return 448.0 / top
+
+
+@triton.jit
 def _quantize_rows(
     x0, x1, x2, columns0, columns1, columns2, y, scales, size0, size1, size2,
     count: tl.constexpr, scaled: tl.constexpr, block: tl.constexpr,
@@ -86,9 +94,7 @@ def _quantize_rows(
         third = _scaled_part(x2, columns2, row, size2, scaled, block)
         top = tl.maximum(top, tl.max(tl.abs(third), 0))
         width += size2
-    top = tl.maximum(top, 1e-12)
-    tl.store(scales + row, top / 448.0)
-    scale = 448.0 / top
+    scale = store_scale(scales, row, top)
     y += row * width
     tl.store(y + column, (first * scale).to(tl.float8e4nv), mask=column < size0)
     if count > 1:

@@ -26,6 +26,11 @@ class FrozenMatrix(Protocol):
         """Whether `add` costs nothing: the product's own epilogue reads it."""
         ...
 
+    @property
+    def rounds(self) -> bool:
+        """Whether `prepare` rounds rows to fp8, which the norm before them can do while it has them."""
+        ...
+
     def prepare(self, x: Tensor) -> Any:
         """What `mm` takes for x (N, I)."""
         ...
