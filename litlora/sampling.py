@@ -1,14 +1,17 @@
 """Which token comes next: greedy, temperature, top-k, top-p and repetition penalty as transformers defines them.
 
 A row's draw depends on (seed, its stream, its step) only, never on the rows beside it: the random numbers are counted,
-not drawn from a state, and made by tensor operations, so that choosing needs no host and fits into a captured graph.
+not drawn from a state, and made on the device, so that choosing needs no host and fits into a captured graph. On a CUDA
+card one kernel chooses, but for top-p; tensor operations say what it is held to.
 Sizes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -54,6 +57,16 @@ class Sampling:
 
         NOT_FINITE for a row whose best logit is not a number or infinite.
         """
+        kernel = _kernel(logits.device)
+        if kernel is None or (self.temperature > 0 and self.top_p is not None and self.top_p < 1):
+            return self.choose_by_torch(logits, seen, streams, steps)
+        if seen is not None and self.repetition_penalty != 1.0:
+            logits = self.penalized(logits.float(), seen)
+        mixed_seed = _signed(_mixed_int(self.seed))
+        return kernel(logits, streams, steps, temperature=self.temperature, top_k=self.top_k, mixed_seed=mixed_seed)
+
+    def choose_by_torch(self, logits: Tensor, seen: Tensor | None, streams: Tensor, steps: Tensor) -> Tensor:
+        """What `choose` gives, by tensor operations alone."""
         scores = self.penalized(logits.float(), seen)
         best, tokens = scores.max(-1)
         if self.temperature > 0:
@@ -84,6 +97,18 @@ class Sampling:
             outside[:, 0] = False
             scores = scores.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -math.inf)
         return scores
+
+
+@cache
+def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+    """What chooses in one kernel, where that runs."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from litlora.ops.sampling_kernels import choose
+    except ImportError:  # no Triton: Windows, or a torch built without it
+        return None
+    return choose
 
 
 def uniform(seed: int, streams: Tensor, steps: Tensor) -> Tensor:

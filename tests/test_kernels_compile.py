@@ -1,5 +1,5 @@
-"""The decode kernels compiled for cards that need not be here, from launches on tensors without memory: what a compiler
-refuses, spills or takes too much shared memory is seen without a GPU. Needs Triton, not interpreted."""
+"""The decode and sampling kernels compiled for cards that need not be here, from launches on tensors without memory:
+what a compiler refuses, spills or takes too much shared memory is seen without a GPU. Needs Triton, not interpreted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from litlora.ops import decode_attention, decode_linear  # noqa: E402
+from litlora.ops import decode_attention, decode_linear, sampling_kernels  # noqa: E402
 from litlora.ops.decode_kernels import ADD, DENSE, FOUR_BIT, FP8, GATED, STORE  # noqa: E402
 from litlora.ops.decode_linear import Factors, Linear, Weight  # noqa: E402
 
@@ -126,4 +126,19 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
             norms=(meta(size), meta(size), 1e-6) if inside else None, pdl=capability >= 90 and inside,
         )  # fmt: skip
     assert len(made) == 3
+    assert max(kernel.metadata.shared for kernel in made) <= SHARED[capability]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_sampling(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(sampling_kernels, "_choose", Compiled(sampling_kernels._choose, capability, made))
+    numbers = meta(4, dtype=torch.int64)
+    for size, dtype, temperature, top_k in (
+        (128_256, torch.bfloat16, 0.0, None), (32_000, torch.bfloat16, 0.8, 50), (70_001, torch.float32, 0.8, 50),
+        (5, torch.bfloat16, 0.8, None),
+    ):  # fmt: skip
+        logits = meta(4, size + 64, dtype=dtype)[:, :size]
+        sampling_kernels.choose(logits, numbers, numbers, temperature=temperature, top_k=top_k, mixed_seed=-(2**62))
+    assert len(made) == 4
     assert max(kernel.metadata.shared for kernel in made) <= SHARED[capability]
