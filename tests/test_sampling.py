@@ -108,11 +108,12 @@ def test_what_scaling_makes_equal_to_the_kth_stays() -> None:
     kept = sampling.filtered(logits[:1]).isfinite().sum()
     assert kept > 10
     assert 5 < len(set(held(sampling, logits).tolist())) <= kept  # in so many draws
-    # and the other way round: two neighbours after scaling, between which most bounds would be equal to the lower
-    logits = (torch.arange(1.0, 17.0)[:, None] * 2.0**-9).repeat(1, 12).to(DEVICE)
-    logits[:, 3] += 2.0**-13
+    # and the other way round: neighbours after scaling, between which half of all bounds become the lower one
+    logits = torch.full((16, 12), 2.0**-6, device=DEVICE)
+    logits[:, :8] *= torch.linspace(0.1, 0.99, 16, device=DEVICE)[:, None]  # from where the search begins
+    logits[:, 8] += 2.0**-14
     logits[:, 9] = 1024.0
-    assert set(held(Sampling(1024.0, top_k=2), logits).tolist()) == {3, 9}
+    assert set(held(Sampling(1024.0, top_k=2), logits).tolist()) == {8, 9}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-30, 1.0])
