@@ -15,8 +15,10 @@ from litlora.frozen import DenseLinear, FourBitLinear, Fp8Linear
 from litlora.kv_cache import PAGE, KVCache
 from litlora.model import Block, Decoder, RMSNorm
 from litlora.ops.decode_attention import Workspace, attend
-from litlora.ops.decode_kernels import ADD, BLOCK, DENSE, FOUR_BIT, FP8, GATED, STORE, byte_planes
+from litlora.ops.decode_four_bit import BLOCK, byte_planes
+from litlora.ops.decode_kernels import ADD, GATED, STORE
 from litlora.ops.decode_linear import Factors, Linear, Weight, embed, layout_of
+from litlora.ops.decode_products import DENSE, FOUR_BIT, FP8
 from litlora.ops.parts import parts_of
 
 LARGEST_RANK = 256
@@ -79,11 +81,11 @@ class Layer:
         inner, outer = group_of([mlp.gate_proj, mlp.up_proj], dtype), group_of([mlp.down_proj], dtype)
         self.reads_words = words(inputs)
         self.attention_layout = layout_of(words(output), rows)
-        self.qkv = Linear(*inputs, STORE, rows, dtype, pdl=pdl)
+        self.qkv = Linear(*inputs, STORE, rows, dtype, pdl=early(inputs, rows, pdl), starts=pdl)
         # attention reads little, so that the memory has time for the weights of what follows it
         self.output = Linear(*output, ADD, rows, dtype, words=words(inner), pdl=pdl, ahead=True)
-        self.inner = Linear(*inner, GATED, rows, dtype, words=words(outer), pdl=pdl)
-        self.outer = Linear(*outer, ADD, rows, dtype, words=following, pdl=pdl)
+        self.inner = Linear(*inner, GATED, rows, dtype, words=words(outer), pdl=early(inner, rows, pdl))
+        self.outer = Linear(*outer, ADD, rows, dtype, words=following, pdl=early(outer, rows, pdl))
         self.norm = block.post_attention_layernorm.weight.detach()
         self.head_norms: tuple[Tensor, Tensor, float] | None = None
         if isinstance(attention.q_norm, RMSNorm) and isinstance(attention.k_norm, RMSNorm):
@@ -93,6 +95,12 @@ class Layer:
 
 def words(group: Group) -> bool:
     return group[0][0].form == FOUR_BIT
+
+
+def early(group: Group, rows: int, pdl: bool) -> bool:
+    """Whether a kernel begins before the one in front of it has ended. Unpacking 4 bits for one row keeps the
+    multiprocessors busy, over which programs that begin early are spread unevenly."""
+    return pdl and not (words(group) and rows == 1)
 
 
 class FewRows:
@@ -110,7 +118,7 @@ class FewRows:
         for block in reversed(blocks):
             self.layers.insert(0, Layer(block, rows, dtype, pdl, following))
             following = self.layers[0].reads_words
-        self.head = Linear(*head, STORE, rows, dtype, pdl=pdl)
+        self.head = Linear(*head, STORE, rows, dtype, pdl=early(head, rows, pdl))
         # of the norms that follow the embedding and each block
         inputs = [block.input_layernorm.weight.detach() for block in blocks]
         self.norms: list[Tensor] = [*inputs, model.model.norm.weight.detach()]

@@ -4,7 +4,7 @@ without one in fp32 through Triton's interpreter, where Triton is installed (TRI
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,10 @@ from litlora.kv_cache import PAGE, Decode, KVCache, Pages, Prefill  # noqa: E402
 from litlora.load import Directory, RandomWeights, load_model  # noqa: E402
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules  # noqa: E402
 from litlora.model import Decoder  # noqa: E402
-from litlora.ops import decode_attention  # noqa: E402
+from litlora.ops import decode_attention, decode_four_bit  # noqa: E402
 from litlora.ops import decode_kernels as kernels  # noqa: E402
 from litlora.ops import decode_linear as linears  # noqa: E402
+from litlora.ops import decode_products as products  # noqa: E402
 from litlora.ops.decode_attention import Workspace, attend  # noqa: E402
 from litlora.sampling import Sampling  # noqa: E402
 from litlora.sequences import Packed  # noqa: E402
@@ -144,8 +145,8 @@ def product(weights: list[linears.Weight], dense: list[Tensor], rows: int, mode:
     torch.manual_seed(3)
     size, outputs = weights[0].size, sum(weight.rows for weight in weights)
     x = torch.randn(rows, size).to(DEVICE, dtype)
-    four_bit = weights[0].form == kernels.FOUR_BIT
-    order, given = torch.tensor(kernels.ORDER, device=DEVICE), x
+    four_bit = weights[0].form == products.FOUR_BIT
+    order, given = torch.tensor(decode_four_bit.ORDER, device=DEVICE), x
     if four_bit:
         eights = x.view(rows, -1, 8)
         given = (eights.transpose(1, 2) if rows == 1 else eights[:, :, order]).reshape(rows, size)
@@ -173,8 +174,13 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 TILE = linears.Tile
 TILES = {  # rows and tiles of 16 bit, which the interpreter would not see
-    kernels.DENSE: [(1, TILE(8, 1024, 4, 4, flat=True)), (4, TILE(16, 256, 2, 4)), (16, TILE(32, 256, 4, 4))],
-    kernels.FOUR_BIT: [
+    products.DENSE: [
+        (1, TILE(8, 1024, 4, 4, flat=True, lead=2)),
+        (1, TILE(8, 256, 2, 4, flat=True)),
+        (4, TILE(16, 256, 2, 4)),
+        (16, TILE(32, 256, 4, 4)),
+    ],
+    products.FOUR_BIT: [
         (1, TILE(16, 1024, 8)),
         (1, TILE(32, 512, 4)),
         (4, TILE(16, 256, 4, splits=4)),
@@ -244,41 +250,77 @@ def test_attention_over_the_cache(
                 assert (out[row].double() - wanted).norm() <= limit * wanted.norm()
 
 
-def test_the_table_in_bytes() -> None:
-    """What PTX does with a word, in Python: two selections of bytes for each half of the table, one between both."""
+def run_ptx(text: str, operands: dict[str, int], lanes: Sequence[int]) -> dict[str, int]:
+    """The operands after a block of PTX, in Python, for a thread of a warp whose lanes hold these numbers."""
 
     def prmt(a: int, b: int, which: int) -> int:
         octets = (b << 32 | a).to_bytes(8, "little")
         return int.from_bytes([octets[which >> 4 * i & 7] for i in range(4)], "little")
 
+    state = dict(operands)
+    for line in text.split("\n")[1:-1]:
+        operation, rest = line.rstrip(";").split(" ", 1)
+        target, *arguments = rest.rsplit(", ", 1) if operation == "mov.b32" else rest.split(", ")
+        values = [state[argument] if argument in state else int(argument, 0) for argument in arguments]
+        if operation == "prmt.b32":
+            state[target] = prmt(*values)
+        elif operation == "and.b32":
+            state[target] = values[0] & values[1]
+        elif operation == "shr.b32":
+            state[target] = values[0] >> values[1]
+        elif operation == "shl.b32":
+            state[target] = values[0] << values[1] & 0xFFFFFFFF
+        elif operation == "lop3.b32":
+            assert values[3] == 0xEA
+            state[target] = values[0] & values[1] | values[2]
+        elif operation == "shfl.sync.idx.b32":
+            assert values[2:] == [0x100F, 0xFFFFFFFF]
+            state[target] = lanes[values[1] & 15]
+        elif target.startswith("{"):
+            low, high = target.strip("{}").split(", ")
+            state[low], state[high] = values[0] & 0xFFFF, values[0] >> 16
+        else:
+            state[target] = values[0]
+    return state
+
+
+WORDS = (0x01234567, 0x89ABCDEF, 0xF0E1D2C3, 0x5A5A7E81)
+
+
+def numbers(word: int) -> list[int]:
+    """The eight of a word, in their weights' order."""
+    return [nibble for octet in word.to_bytes(4, "little") for nibble in (octet >> 4, octet & 15)]
+
+
+def table_in_bytes(code: Tensor, dtype: torch.dtype) -> list[int]:
+    return [value & 0xFFFFFFFF for value in decode_four_bit.byte_planes(code, dtype).tolist()]
+
+
+def test_words_unpacked_by_selections() -> None:
     code = torch.linspace(-1, 1, 16) ** 3
-    table = {
-        f"${9 + i}": value & 0xFFFFFFFF for i, value in enumerate(kernels.byte_planes(code, torch.bfloat16).tolist())
-    }
-    for word in (0x01234567, 0x89ABCDEF, 0xF0E1D2C3, 0x5A5A7E81):
-        state, halves = {**table, "$8": word}, {}
-        read = lambda text: state[text] if text in state else int(text, 0)  # noqa: E731, B023
-        for line in kernels.UNPACKING.split("\n")[1:-1]:
-            operation, rest = line.rstrip(";").split(" ", 1)
-            target, *arguments = rest.rsplit(", ", 1) if operation == "mov.b32" else rest.split(", ")
-            values = [read(argument) for argument in arguments]
-            if operation == "prmt.b32":
-                state[target] = prmt(*values)
-            elif operation == "and.b32":
-                state[target] = values[0] & values[1]
-            elif operation == "shr.b32":
-                state[target] = values[0] >> values[1]
-            elif operation == "lop3.b32":
-                assert values[3] == 0xEA
-                state[target] = values[0] & values[1] | values[2]
-            else:
-                low, high = target.strip("{}").split(", ")
-                halves[low], halves[high] = values[0] & 0xFFFF, values[0] >> 16
-        octets = word.to_bytes(4, "little")
-        numbers = [nibble for octet in octets for nibble in (octet >> 4, octet & 15)]
-        found = torch.tensor([halves[f"${i}"] for i in range(8)], dtype=torch.int32).to(torch.int16)
-        wanted = code[[numbers[i] for i in kernels.ORDER]].bfloat16()
+    table = {f"${9 + i}": value for i, value in enumerate(table_in_bytes(code, torch.bfloat16))}
+    for word in WORDS:
+        state = run_ptx(decode_four_bit.UNPACKING, {**table, "$8": word}, [])
+        found = torch.tensor([state[f"${i}"] for i in range(8)], dtype=torch.int32).to(torch.int16)
+        wanted = code[[numbers(word)[i] for i in decode_four_bit.ORDER]].bfloat16()
         assert torch.equal(found.view(torch.bfloat16), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_words_unpacked_by_exchanges(dtype: torch.dtype) -> None:
+    code = torch.linspace(-1, 1, 16) ** 3
+    lanes = [value & 0xFFFFFFFF for value in code.view(torch.int32).tolist()]
+    table = {f"${20 + 2 * i}": value for i, value in enumerate(table_in_bytes(code, dtype))}
+    for first in WORDS:
+        for second in WORDS:
+            given = {**table, "$16": first, "$17": second, "$18": 0, "$19": 0}
+            state = run_ptx(decode_four_bit.ASKING[dtype], given, lanes)
+            found = torch.tensor([state[f"${i}"] for i in range(16)], dtype=torch.int64).to(torch.int32)
+            found = found.view(torch.float32).view(8, 2).t()  # by word
+            wanted = code[torch.tensor([numbers(first), numbers(second)])]
+            if dtype == torch.bfloat16:
+                wanted[0, :4] = wanted[0, :4].bfloat16().float()
+            assert torch.equal(found, wanted)
 
 
 def test_what_the_kernels_do_not_know_is_refused() -> None:

@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from litlora.ops import decode_attention, decode_linear, sampling_kernels  # noqa: E402
-from litlora.ops.decode_kernels import ADD, DENSE, FOUR_BIT, FP8, GATED, STORE  # noqa: E402
+from litlora.ops.decode_kernels import ADD, GATED, STORE  # noqa: E402
 from litlora.ops.decode_linear import Factors, Linear, Weight  # noqa: E402
+from litlora.ops.decode_products import DENSE, FOUR_BIT, FP8  # noqa: E402
 
 NAMES = {
     torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8", torch.int64: "*i64",

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from litlora.ops.decode_kernels import PLAIN, _order
+from litlora.ops.decode_four_bit import PLAIN
+from litlora.ops.decode_kernels import MOST_ROWS, _order
 
 TILE = 64  # keys at a time
 LEAST = 4  # tiles of a part: what the parts of a short row leave for each other would take longer
@@ -43,13 +44,75 @@ def _halves(x, place, weight, cos, sin, pair, known, eps, half: tl.constexpr, no
     return a.to(first.dtype), b.to(first.dtype)
 
 
+@triton.jit
+def _page(table, first, page: tl.constexpr, tile: tl.constexpr):
+    """(tile,) of the tokens from `first` on in the cache; all of them are in one page."""
+    return tl.load(table + first // page).to(tl.int64) * page + first % page + tl.arange(0, tile)
+
+
+@triton.jit
+def _alone(
+    q, k, v, new, cos, sin, q_weight, k_weight, eps, keys, values, table, begin, end, lowest, width, head, scale,
+    is_last, half: tl.constexpr, page: tl.constexpr, tile: tl.constexpr, norm: tl.constexpr, rotate: tl.constexpr,
+    pdl: tl.constexpr,
+):  # fmt: skip
+    """One query over the tokens from `begin` to `end`, and over its own where `is_last`: the largest score, the sum of
+    weights and that of weighted values, (1,), (1,) and (1, D).
+
+    The latency of few short loads is all there is: so no tensor cores, the newest token never comes from the cache, the
+    first tile is asked for before q is there, and what each of a tile's tokens has summed stays apart until the end.
+    """
+    size: tl.constexpr = 2 * half
+    slot, dim, pair = tl.arange(0, tile), tl.arange(0, size)[None], tl.arange(0, half)[None]
+    one = tl.zeros((1, 1), tl.int32)
+    place = _page(table, begin, page, tile)[:, None] * width + head * size + dim
+    known = (begin + slot < end)[:, None]
+    next_key, next_value = tl.load(keys + place, mask=known, other=0.0), tl.load(values + place, mask=known, other=0.0)
+    if pdl:
+        tl.extra.cuda.gdc_wait()
+        # not earlier: the next kernel fetches its weights into the cache, through which the one before still reads
+        tl.extra.cuda.gdc_launch_dependents()
+    first_half, second_half = _halves(q, one, q_weight, cos, sin, pair, pair < half, eps, half, norm, rotate)
+    query = tl.reshape(tl.permute(tl.join(first_half, second_half), (0, 2, 1)), (1, size)).to(tl.float32)
+    best, total = tl.full((tile,), -1e38, tl.float32), tl.zeros((tile,), tl.float32)
+    mean = tl.zeros((tile, size), tl.float32)
+    if is_last:
+        first_half, second_half = _halves(k, one, k_weight, cos, sin, pair, pair < half, eps, half, norm, rotate)
+        key = tl.reshape(tl.permute(tl.join(first_half, second_half), (0, 2, 1)), (1, size))
+        value = tl.load(v + dim)
+        tl.store(keys + new + dim, key)
+        tl.store(values + new + dim, value)
+        own = tl.sum(query * key.to(query.dtype), 1) * scale
+        best = tl.where(slot == 0, own, best)
+        total = tl.where(slot == 0, 1.0, 0.0)
+        mean = tl.where((slot == 0)[:, None], value.to(tl.float32), 0.0)
+    for first in range(begin, end, tile):
+        key, value, seen = next_key, next_value, (first + slot >= lowest) & (first + slot < end)
+        ahead = first + tile
+        if ahead < end:
+            place = _page(table, ahead, page, tile)[:, None] * width + head * size + dim
+            known = (ahead + slot < end)[:, None]
+            next_key = tl.load(keys + place, mask=known, other=0.0)
+            next_value = tl.load(values + place, mask=known, other=0.0)
+        score = tl.where(seen, tl.sum(key.to(tl.float32) * query, 1) * scale, -1e38)
+        higher = tl.maximum(best, score)
+        weight, fade = tl.where(seen, tl.exp2(score - higher), 0.0), tl.exp2(best - higher)
+        total = total * fade + weight
+        mean = mean * fade[:, None] + weight[:, None] * value.to(tl.float32)
+        best = higher
+    highest = tl.max(best, 0)
+    weight = tl.exp2(best - highest)
+    one = tl.zeros((1,), tl.float32)
+    return highest + one, tl.sum(total * weight, 0) + one, tl.sum(mean * weight[:, None], 0)[None]
+
+
 @triton.jit(do_not_specialize=["window", "most_pages"])
 def _attend(
     q, k, v, q_stride, kv_stride, cos, sin, q_weight, k_weight, eps, keys, values, positions, table, most_pages,
     out, sums, bounds, arrived, scale, window, kv_heads,
     group: tl.constexpr, group_block: tl.constexpr, half: tl.constexpr, half_block: tl.constexpr, parts: tl.constexpr,
     page: tl.constexpr, tile: tl.constexpr, least: tl.constexpr, windowed: tl.constexpr, norm: tl.constexpr,
-    rotate: tl.constexpr, layout: tl.constexpr, pdl: tl.constexpr,
+    rotate: tl.constexpr, layout: tl.constexpr, alone: tl.constexpr, pdl: tl.constexpr,
 ):  # fmt: skip
     row, head, part = tl.program_id(0) // kv_heads, tl.program_id(0) % kv_heads, tl.program_id(1)
     position = tl.load(positions + row).to(tl.int32)
@@ -57,65 +120,77 @@ def _attend(
     if windowed:
         lowest = tl.maximum(position - window + 1, 0)
     start = lowest // tile * tile
-    share = tl.maximum(tl.cdiv(tl.cdiv(position + 1 - start, parts), tile), least) * tile
-    used = tl.cdiv(position + 1 - start, share)
-    if pdl:  # nothing above depends on the kernels of this step
+    length = position if alone else position + 1  # of what is read from the cache
+    share = tl.maximum(tl.cdiv(tl.cdiv(length - start, parts), tile), least) * tile
+    used = tl.maximum(tl.cdiv(length - start, share), 1)
+    begin = start + part * share
+    end = tl.minimum(begin + share, length)
+    table += row * most_pages
+    size: tl.constexpr = 2 * half
+    width = kv_heads * size  # of a token
+    cos, sin = cos + position * half, sin + position * half
+    # nothing above depends on the kernels of this step
+    if pdl and not alone:
         tl.extra.cuda.gdc_wait()
         # not earlier: the next kernel fetches its weights into the cache, through which the one before still reads
         tl.extra.cuda.gdc_launch_dependents()
     if part >= used:
+        if pdl and alone:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         return
-    begin = start + part * share
-    end = tl.minimum(begin + share, position + 1)
-    table += row * most_pages
-    size: tl.constexpr = 2 * half
-    pair, dim = tl.arange(0, half_block)[None, :], tl.arange(0, 2 * half_block)[None, :]
-    member = tl.arange(0, group_block)[:, None]
-    cos, sin = cos + position * half, sin + position * half
-    heads = row * q_stride + (head * group + member) * size
-    q1, q2 = _halves(q, heads, q_weight, cos, sin, pair, (member < group) & (pair < half), eps, half, norm, rotate)
-    width = kv_heads * size  # of a token
-    if part == used - 1:  # the new token is in the last part, which writes it
-        one = tl.zeros((1, 1), tl.int32)
-        new = row * kv_stride + head * size + one
-        k1, k2 = _halves(k, new, k_weight, cos, sin, pair, (pair < half) & (one == 0), eps, half, norm, rotate)
-        token = tl.load(table + position // page).to(tl.int64) * page + position % page
-        place = token * width + head * size + one
-        tl.store(keys + place + pair, k1, mask=pair < half)
-        tl.store(keys + place + half + pair, k2, mask=pair < half)
-        value = tl.load(v + new + dim, mask=dim < size, other=0.0)
-        tl.store(values + place + dim, value, mask=dim < size)
-        tl.debug_barrier()
-    best = tl.full((group_block,), -1e38, tl.float32)
-    total = tl.zeros((group_block,), tl.float32)
-    mean = tl.zeros((group_block, 2 * half_block), tl.float32)
-    for first in range(begin, end, tile):
-        token = first + tl.arange(0, tile)
-        seen = (token >= lowest) & (token < end)
-        known = seen[:, None]
-        place = tl.load(table + first // page).to(tl.int64) * page + token % page
-        place = place[:, None] * width + head * size
-        k1 = tl.load(keys + place + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
-        k2 = tl.load(keys + place + half + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
-        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * scale
-        score = tl.where(seen[None, :], score, -1e38)
-        higher = tl.maximum(best, tl.max(score, 1))
-        weight = tl.where(seen[None, :], tl.exp2(score - higher[:, None]), 0.0)
-        fade = tl.exp2(best - higher)
-        total = total * fade + tl.sum(weight, 1)
-        value = tl.load(values + place + dim, mask=known & (dim < size), other=0.0).to(q1.dtype)
-        mean = tl.dot(weight.to(value.dtype), value, mean * fade[:, None], input_precision="ieee")
-        best = higher
+    dim, member = tl.arange(0, 2 * half_block)[None, :], tl.arange(0, group_block)[:, None]
+    newest = tl.load(table + position // page).to(tl.int64) * page + position % page
+    if alone:
+        best, total, mean = _alone(
+            q + row * q_stride + head * size, k + row * kv_stride + head * size, v + row * kv_stride + head * size,
+            newest * width + head * size, cos, sin, q_weight, k_weight, eps, keys, values, table, begin, end,
+            lowest, width, head, scale, part == used - 1, half, page, tile, norm, rotate, pdl,
+        )  # fmt: skip
+    else:
+        pair = tl.arange(0, half_block)[None, :]
+        heads = row * q_stride + (head * group + member) * size
+        mine = (member < group) & (pair < half)
+        q1, q2 = _halves(q, heads, q_weight, cos, sin, pair, mine, eps, half, norm, rotate)
+        if part == used - 1:  # the new token is in the last part, which writes it
+            one = tl.zeros((1, 1), tl.int32)
+            new = row * kv_stride + head * size + one
+            k1, k2 = _halves(k, new, k_weight, cos, sin, pair, (pair < half) & (one == 0), eps, half, norm, rotate)
+            place = newest * width + head * size + one
+            tl.store(keys + place + pair, k1, mask=pair < half)
+            tl.store(keys + place + half + pair, k2, mask=pair < half)
+            value = tl.load(v + new + dim, mask=dim < size, other=0.0)
+            tl.store(values + place + dim, value, mask=dim < size)
+            tl.debug_barrier()
+        best = tl.full((group_block,), -1e38, tl.float32)
+        total = tl.zeros((group_block,), tl.float32)
+        mean = tl.zeros((group_block, 2 * half_block), tl.float32)
+        for first in range(begin, end, tile):
+            token = first + tl.arange(0, tile)
+            seen = (token >= lowest) & (token < end)
+            known = seen[:, None]
+            place = _page(table, first, page, tile)[:, None] * width + head * size
+            k1 = tl.load(keys + place + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
+            k2 = tl.load(keys + place + half + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
+            score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+            score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * scale
+            score = tl.where(seen[None, :], score, -1e38)
+            higher = tl.maximum(best, tl.max(score, 1))
+            weight = tl.where(seen[None, :], tl.exp2(score - higher[:, None]), 0.0)
+            fade = tl.exp2(best - higher)
+            total = total * fade + tl.sum(weight, 1)
+            value = tl.load(values + place + dim, mask=known & (dim < size), other=0.0).to(q1.dtype)
+            mean = tl.dot(weight.to(value.dtype), value, mean * fade[:, None], input_precision="ieee")
+            best = higher
     lane = tl.arange(0, group_block)
     number = (row * kv_heads + head) * group + lane  # of the head, among all rows
     whole = kv_heads * group * size
     target = row * whole + _order((head * group + member) * size + dim, whole, layout)
-    mine = (member < group) & (dim < size)
+    written = (member < group) & (dim < size)
     if used == 1:
-        tl.store(out + target, mean / total[:, None], mask=mine)
+        tl.store(out + target, mean / total[:, None], mask=written)
         return
-    tl.store(sums + (number[:, None] * parts + part) * size + dim, mean, mask=mine)
+    tl.store(sums + (number[:, None] * parts + part) * size + dim, mean, mask=written)
     tl.store(bounds + (number * parts + part) * 2, best, mask=lane < group)
     tl.store(bounds + (number * parts + part) * 2 + 1, total, mask=lane < group)
     tl.debug_barrier()
@@ -190,13 +265,16 @@ def attend(
     cos, sin = rotation or (q, q)
     q_weight, k_weight, eps = norms or (q, q, 0.0)
     options = {"launch_pdl": True} if pdl else {}
+    alone = group == 1 and half == _power(half) and rows <= MOST_ROWS
     tile = min(page, TILE if q.dtype != torch.float32 else 16)
     _attend[(rows * kv_heads, workspace.parts)](
         q, k, v, q.stride(0), k.stride(0), cos, sin, q_weight, k_weight, eps, keys, values, positions, table,
         table.stride(0), out, workspace.sums, workspace.bounds, workspace.arrived,
         math.log2(math.e) / math.sqrt(size), window or 0, kv_heads,
-        group=group, group_block=max(16, _power(group)), half=half, half_block=max(16, _power(half)),
-        parts=workspace.parts, page=page, tile=tile, least=LEAST, windowed=window is not None, norm=norms is not None,
-        rotate=rotation is not None, layout=layout, pdl=pdl, num_warps=4, num_stages=3 if size <= 128 else 2,
+        group=group, group_block=1 if alone else max(16, _power(group)), half=half,
+        half_block=half if alone else max(16, _power(half)), parts=workspace.parts, page=page, tile=tile, least=LEAST,
+        windowed=window is not None, norm=norms is not None, rotate=rotation is not None, layout=layout, alone=alone,
+        pdl=pdl, num_warps=8 if alone else 4,
+        num_stages=3 if size <= 128 else 2,
         **options,
     )  # fmt: skip

@@ -12,25 +12,20 @@ import torch
 import triton
 from torch import Tensor
 
-from litlora.ops.decode_kernels import (
+from litlora.ops.decode_four_bit import (
     ASKING,
     BLOCK,
     EIGHTS,
-    FOUR_BIT,
-    FP8,
     MINE,
-    MOST_ROWS,
+    NESTED,
     OPERANDS,
     OPERANDS_ASKING,
     PLAIN,
     PLANES,
-    RANKS,
-    STORE,
     UNPACKING,
-    _down,
-    _embed,
-    _linear,
 )
+from litlora.ops.decode_kernels import MOST_ROWS, RANKS, STORE, _down, _embed, _linear
+from litlora.ops.decode_products import FOUR_BIT, FP8
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,7 @@ class Tile:
     splits: int = 1
     ahead: int = 0  # bytes of each row that a program has brought into the card's cache before it may read its x
     flat: bool = False  # one row of x, without tensor cores
+    lead: int = 1  # where flat: so many tiles, 1 or 2, are asked for before x is known
 
 
 FEW = 8192  # rows, below which a program takes fewer of them, so that every multiprocessor has work
@@ -88,7 +84,7 @@ def tile_of(weight: Weight, outputs: int, rows: int, dtype: torch.dtype) -> Tile
             return Tile(16, 1024, 8) if few else Tile(32, 512, 4)
         return Tile(16, 256, 4, splits=4) if rows <= 4 else Tile(32, 128, 8, splits=2)
     if rows == 1:
-        return Tile(8, 1024, 4, stages=4, flat=True)
+        return Tile(8, 1024, 4, stages=4, flat=True, lead=2)
     return Tile(32, 256, 4, stages=4) if weight.form == FP8 and not few else Tile(16, 256, 2, stages=4)
 
 
@@ -109,13 +105,16 @@ class Linear:
         *,
         words: bool = False,
         pdl: bool = False,
+        starts: bool | None = None,
         ahead: bool = False,
     ) -> None:
-        """`words`: what is written is read by a 4-bit linear. `ahead`: with `pdl`, all of the weights are fetched
+        """`words`: what is written is read by a 4-bit linear. `pdl`: begins before the kernel in front has ended;
+        `starts`: lets the next one begin so (default: as `pdl`). `ahead`: with `pdl`, all of the weights are fetched
         into the card's cache while the kernel in front still runs. All weights are of one format and size."""
         first = weights[0]
         self.weights, self.factors, self.mode, self.rows = weights, factors, mode, rows
         self.layout, self.pdl = layout_of(words, rows), pdl
+        self.starts = pdl if starts is None else starts
         self.size, self.outputs = first.size, sum(weight.rows for weight in weights)
         self.tile = tile_of(first, self.outputs, rows, dtype)
         self.blocks = triton.cdiv(first.rows, self.tile.rows)  # of sums of squares, in mode ADD
@@ -170,7 +169,9 @@ class Linear:
         four_bit, m = first.form == FOUR_BIT, MOST_ROWS
         if four_bit:
             m = max(m, tile.columns // BLOCK * tile.splits * rows)
-        asm: tuple[str | None, str] = (ASKING, OPERANDS_ASKING) if rows == 1 else (UNPACKING, OPERANDS)
+        asm: tuple[str | None, str] = UNPACKING, OPERANDS
+        if rows == 1 and x.dtype in ASKING:
+            asm = ASKING[x.dtype], OPERANDS_ASKING
         if not (four_bit and first.table is not None and first.table.dtype == torch.int32):
             asm = None, ""
         _linear[(sum(programs) if self.mode == STORE else programs[0],)](
@@ -182,9 +183,10 @@ class Linear:
             mode=self.mode, form=first.form, nested=first.nested is not None, asm=asm[0],
             operands=asm[1], mine=MINE, norm=norm is not None, biased=self.bias is not None,
             most=RANKS * triton.cdiv(max(self.ranks), RANKS), parts=1 if self.z is None else self.parts, step=RANKS,
-            r=rows, m=m, splits=tile.splits, tile_o=tile.rows, tile_i=tile.columns, stages=tile.stages,
-            even=self.size % tile.columns == 0, blocks_block=_power(blocks), layout=self.layout, pdl=self.pdl,
-            pieces=self.pieces, flat=tile.flat, num_warps=tile.warps, **_options(self.pdl),
+            r=rows, m=m, splits=tile.splits, tile_o=tile.rows, tile_i=tile.columns, stages=tile.stages, lead=tile.lead,
+            even=self.size % tile.columns == 0, steady=NESTED * BLOCK % self.size == 0, blocks_block=_power(blocks),
+            layout=self.layout, pdl=self.pdl, starts=self.starts, pieces=self.pieces, flat=tile.flat,
+            num_warps=tile.warps, **_options(self.pdl),
         )  # fmt: skip
 
     def _launch_down(self, x: Tensor, adapted: Sequence[Factors | None]) -> None:
