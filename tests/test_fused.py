@@ -122,8 +122,8 @@ def test_a_norm_rounds_its_rows_as_they_are_rounded_later(dtype: torch.dtype) ->
     x[3] = 0
     y, rstd, rounded = kernels.rms_norm(x, weight, 1e-5, rounds=True)
     assert rounded is not None
-    for found, wanted in zip((y, rstd), kernels.rms_norm(x, weight, 1e-5)[:2], strict=True):
-        assert torch.equal(found, wanted)
+    for found, wanted in zip((y, rstd), kernels.rms_norm(x, weight, 1e-5)[:2], strict=True):  # another kernel: an ulp
+        torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(found.dtype).eps, atol=0)
     for found, wanted in zip(rounded, narrow.quantize_rows([y]), strict=True):
         assert torch.equal(found.float(), wanted.float())
         assert found.shape == wanted.shape
