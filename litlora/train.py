@@ -21,7 +21,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
-from litlora.graphs import Eager, MicroStep, fastest_micro_step
+from litlora.graphs import Captured, Eager, MicroStep, fastest_micro_step
 from litlora.optimizers import state_bytes
 from litlora.packing import Batch
 from litlora.precision import RunPrecision
@@ -84,7 +84,8 @@ def train(
 
     `model` is the CausalLoss that fabric.setup gave back; `schedule` is the learning rate's factor by step from 0;
     `done` steps were taken before. `largest`: the run's largest micro-batch, else the first step's; by it is chosen how
-    they are launched, and on a GPU it is tried before the first step, so that a run that will not fit fails at once.
+    they are launched, and on a GPU it is tried before the first step, if not in it, so that a run that will not fit
+    fails at once.
     A step without a trained token is skipped and not counted.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -95,9 +96,13 @@ def train(
             (batch for _, step in first for batch in step), key=lambda batch: len(batch.input_ids), default=None
         )
     number, tokens = done, 0 if largest is None else len(largest.input_ids)
-    micro_step = fastest_micro_step(fabric, model, parameters, tokens)
+    micro_step, room = fastest_micro_step(fabric, model, parameters, tokens), []
     if largest is not None and fabric.device.type == "cuda":
-        _rehearse(micro_step, largest, optimizer, fabric.device)
+        room = _room(optimizer, fabric.device)
+        # a first step that holds it is the trial itself: a single long row takes minutes
+        if isinstance(micro_step, Captured) or all(len(b.input_ids) < tokens for _, step in first for b in step):
+            _rehearse(micro_step, largest, optimizer, fabric.device)
+            room.clear()
     started = time.perf_counter()
     for work in _ahead(_Work.of(epoch, step, micro_step) for epoch, step in chain(first, steps)):
         if work.trained == 0:
@@ -105,7 +110,7 @@ def train(
         rate = learning_rate * schedule(number)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, norm, bad_rows = _optimizer_step(fabric, model, optimizer, micro_step, work, max_norm)
+        loss, norm, bad_rows = _optimizer_step(fabric, model, optimizer, micro_step, work, max_norm, room)
         number += 1
         clipped = max_norm is not None and norm > max_norm and not bad_rows
         seconds = time.perf_counter() - started
@@ -113,16 +118,19 @@ def train(
         started = time.perf_counter()
 
 
-def _rehearse(micro_step: MicroStep, batch: Batch, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Forward and backward of a micro-batch, whose gradient is thrown away, beside all that a later one meets: every
-    gradient, and the room of the optimizer's state."""
+def _room(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
+    """What a micro-batch after the first step meets: every gradient, and the room of the optimizer's state, which is
+    given back."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-    state = torch.empty(0 if optimizer.state else state_bytes(optimizer), dtype=torch.uint8, device=device)
+    return [torch.empty(0 if optimizer.state else state_bytes(optimizer), dtype=torch.uint8, device=device)]
+
+
+def _rehearse(micro_step: MicroStep, batch: Batch, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Forward and backward of a micro-batch, whose gradient is thrown away."""
     with undisturbed(device):
         micro_step(micro_step.prepare(batch), max(1, batch.trained_tokens))
-    del state
     optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
 
 
@@ -158,10 +166,13 @@ def _optimizer_step(
     micro_step: MicroStep,
     work: _Work,
     max_norm: float | None,
+    room: list[Tensor],
 ) -> tuple[float, float, tuple[int, ...]]:
-    """(mean loss, gradient norm before clipping, bad rows) of one step over all its micro-batches."""
+    """(mean loss, gradient norm before clipping, bad rows) of one step over all its micro-batches. `room` is given back
+    before the optimizer needs it."""
     model.train()
     losses = [micro_step(batch, work.trained) for batch in work.micro_batches]
+    room.clear()
     norm = _grad_norm(optimizer)
     total = losses[0]
     for loss in losses[1:]:

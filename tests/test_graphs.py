@@ -138,6 +138,23 @@ def test_a_rehearsal_leaves_nothing_behind() -> None:
     assert all(p.grad is None for p in parameters)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize(("largest", "forwards"), [([9, 4], 2), ([20, 20], 3)])
+def test_the_largest_micro_batch_is_tried_once(largest: list[int], forwards: int) -> None:
+    """By the first step itself where it is in it."""
+    fabric: Any = Plain("cuda")
+    model = model_of("cuda", torch.float32, Ops()).cuda()
+    seen: list[int] = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    steps = train.train(
+        fabric, model, torch.optim.AdamW(lora_parameters(model)), [(1, [batch_of([9, 4])]), (1, [batch_of([5, 6])])],
+        learning_rate=1e-3, schedule=lambda _: 1.0, max_norm=None, largest=batch_of(largest),
+    )  # fmt: skip
+    assert len([step.loss for step in steps]) == 2
+    assert len(seen) == forwards
+
+
 def run(step: Any, model: CausalLoss, batches: list[Batch], seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
     losses = [step(step.prepare(batch), 50) for batch in batches]
