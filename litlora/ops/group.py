@@ -45,10 +45,10 @@ class Group:
         tops, lows = [p.A for p in parts if p.A is not None], [p.B for p in parts if p.B is not None]
         if not tops:
             return ()
-        scaled = torch._foreach_mul(lows, [p.scale for p in parts if p.B is not None])
         a = torch.empty(sum(map(len, tops)), tops[0].shape[1], dtype=dtype, device=tops[0].device)
         bs = [torch.empty(b.shape, dtype=dtype, device=b.device) for b in lows]
-        torch._foreach_copy_([*a.split([len(top) for top in tops]), *bs], [*tops, *scaled])
+        scales = [1.0] * len(tops) + [p.scale for p in parts if p.B is not None]
+        low_rank.scaled_copies([*tops, *lows], [*a.split([len(top) for top in tops]), *bs], scales)
         return a, *bs
 
     def _split(self, z: Tensor) -> list[Tensor]:
