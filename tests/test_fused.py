@@ -130,6 +130,13 @@ def test_a_norm_rounds_its_rows_as_they_are_rounded_later(dtype: torch.dtype) ->
         assert found.dtype == wanted.dtype
 
 
+@pytest.mark.parametrize(("rows", "size"), [((48,), 64), ((16, 32, 160), 272), ((4,), 132)])
+def test_bytes_of_matrices_are_turned_side_by_side(rows: tuple[int, ...], size: int) -> None:
+    torch.manual_seed(0)
+    matrices = [torch.randint(0, 256, (count, size), dtype=torch.uint8).to(DEVICE) for count in rows]
+    assert torch.equal(narrow.transpose_bytes(matrices), torch.cat(matrices).t())
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 16), (9, 3, 64), (6, 2, 10)])
 def test_rope(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
