@@ -29,14 +29,19 @@ class KVCache:
 
     def write(self, layer: int, where: Tensor, k: Tensor, v: Tensor) -> None:
         """k and v (N, K, D) to the places `where` (N,)."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(0, where, k.to(keys.dtype))
-        values.index_copy_(0, where, v.to(values.dtype))
+        for cached, new in ((self.keys[layer], k), (self.values[layer], v)):
+            _widest(cached).index_copy_(0, where, _widest(new.to(cached.dtype)))
 
     def move(self, source: int, target: int, count: int) -> None:
         """Copies `count` tokens; the spans do not overlap."""
         for layer in (*self.keys, *self.values):
             layer[target : target + count] = layer[source : source + count]
+
+
+def _widest(x: Tensor) -> Tensor:
+    """(N, K, D) as (N, bytes / 8) int64, where that is whole: rows are copied element by element, of any size."""
+    flat = x.reshape(len(x), -1)
+    return flat.view(torch.int64) if flat.shape[1] * flat.element_size() % 8 == 0 else flat
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:

@@ -268,6 +268,18 @@ def test_linear_add(r: int, dtype: torch.dtype) -> None:
     held(run, dtype)
 
 
+@pytest.mark.parametrize("r", [0, 4])
+def test_linear_add_takes_the_place_of_the_residual_only_in_inference_mode(r: int) -> None:
+    residual, x, module = random(33, 96), random(33, 64), linear(64, 96, r, torch.float32)
+    before = residual.clone()
+    with torch.no_grad():
+        wanted = reference.linear_add(residual, x, module)
+        torch.testing.assert_close(FUSED.linear_add(residual, x, module), wanted)
+    assert torch.equal(residual, before)
+    with torch.inference_mode():
+        torch.testing.assert_close(FUSED.linear_add(residual.clone(), x, module), wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", [(0, 0, 0), (8, 8, 8), (8, 0, 0), (0, 0, 70)])
 @pytest.mark.parametrize("keep", ["all", "lean", "input"])

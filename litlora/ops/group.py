@@ -73,8 +73,9 @@ class Group:
     def up(
         self, x: Tensor, z: Tensor | None, base: Tensor | None = None, rounded: tuple[Tensor, Tensor] | None = None
     ) -> list[Tensor]:
-        """The outputs (N, O), each on top of `base` (which is kept); without z, of the frozen weights only. `rounded`:
-        x in fp8 with the scales of its rows, where that is there already."""
+        """The outputs (N, O), each on top of `base`, which is kept (in inference mode, where nobody needs it again, the
+        output may take its place); without z, of the frozen weights only. `rounded`: x in fp8 with the scales of its
+        rows, where that is there already."""
         pairs = zip(self._split(z), self.b, strict=True) if z is not None else ()
         low = {index: pair for (index, _), pair in zip(self.adapted, pairs, strict=False)}
         prepared: dict[type, Any] = {}  # by format: x is rounded once for all linears of one
@@ -177,7 +178,7 @@ def _output(p: Parts, x: Any, low: Low | None, base: Tensor | None) -> Tensor:
         if low is not None:
             y = low[0] @ low[1].t() if base is None else _low_rank(*low, base)
         elif base is not None:
-            y = base.clone()
+            y = base if torch.is_inference_mode_enabled() else base.clone()
         y = p.frozen.mm(x, y)
     else:
         y = p.frozen.mm(x)
