@@ -138,6 +138,48 @@ def test_a_rehearsal_leaves_nothing_behind() -> None:
     assert all(p.grad is None for p in parameters)
 
 
+class Poisoned(Eager):
+    """Leaves a gradient that is no number in the steps of `bad`."""
+
+    def __init__(self, fabric: Any, model: CausalLoss, bad: set[int]) -> None:
+        super().__init__(fabric, model)
+        self.bad, self.steps = bad, 0
+
+    def __call__(self, batch: Batch, trained: int) -> Tensor:
+        loss = super().__call__(batch, trained)
+        self.steps += 1
+        if self.steps in self.bad:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            gradients[-1].view(-1)[0] = float("nan")
+        return loss
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_is_not_finite_might_as_well_not_have_been(
+    monkeypatch: pytest.MonkeyPatch, fused: bool, max_norm: float | None, device: str
+) -> None:
+    """A fused optimizer looks by itself: it is launched before the host knows."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+    results, fabric = [], cast(Any, Plain(device))
+    for seeds, bad in ((range(4), {1, 3}), (range(1, 4, 2), set())):
+        model = model_of(device, torch.float32, Ops()).to(device)
+        micro_step = Poisoned(fabric, model, bad)
+        monkeypatch.setattr(train, "fastest_micro_step", lambda *_, it=micro_step: it)
+        optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2, fused=fused)
+        steps = train.train(
+            fabric, model, optimizer, [(1, [batch_of([9, 4], seed)]) for seed in seeds],
+            learning_rate=1e-2, schedule=lambda _: 1.0, max_norm=max_norm,
+        )  # fmt: skip
+        assert [step.number for step in steps if step.bad_rows] == sorted(bad)
+        assert not hasattr(optimizer, "found_inf")
+        assert {float(state["step"]) for state in optimizer.state.values()} == {2.0}
+        results.append([p.detach() for p in lora_parameters(model)])
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize(("largest", "forwards"), [([9, 4], 2), ([20, 20], 3)])
