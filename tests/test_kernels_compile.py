@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from litlora.ops import decode_attention, decode_linear, sampling_kernels  # noqa: E402
+from litlora.ops import decode_attention, decode_linear, low_rank, narrow, sampling_kernels  # noqa: E402
 from litlora.ops.decode_kernels import ADD, GATED, STORE  # noqa: E402
 from litlora.ops.decode_linear import Factors, Linear, Weight  # noqa: E402
 from litlora.ops.decode_products import DENSE, FOUR_BIT, FP8  # noqa: E402
@@ -113,7 +113,9 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
     made: list[Any] = []
     compiled = Compiled(decode_attention._attend, capability, made)
     monkeypatch.setattr(decode_attention, "_attend", compiled)
-    for rows, heads, kv_heads, size, inside in ((1, 32, 8, 128, True), (64, 4, 4, 80, False), (2, 8, 1, 256, True)):
+    for rows, heads, kv_heads, size, inside in (
+        (1, 32, 8, 128, True), (64, 4, 4, 80, False), (2, 8, 1, 256, True), (1, 32, 32, 128, True),
+    ):  # fmt: skip
         fp32, integers = {"dtype": torch.float32}, {"dtype": torch.int64}
         shape = (rows, heads, 8)
         arrived = meta(rows, kv_heads, dtype=torch.int32)
@@ -126,6 +128,20 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
             rotation=(meta(4096, size // 2), meta(4096, size // 2)) if inside else None,
             norms=(meta(size), meta(size), 1e-6) if inside else None, pdl=capability >= 90 and inside,
         )  # fmt: skip
+    assert len(made) == 4
+    assert max(kernel.metadata.shared for kernel in made) <= SHARED[capability]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_copies(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(low_rank, "_scaled_copies", Compiled(low_rank._scaled_copies, capability, made))
+    monkeypatch.setattr(narrow, "_transpose", Compiled(narrow._transpose, capability, made))
+    low_rank.scaled_copies(
+        [meta(8, 4096, dtype=torch.float32), meta(11008, 8, dtype=torch.float32)], [meta(8, 4096), meta(11008, 8)],
+        [1.0, 2.0],
+    )  # fmt: skip
+    narrow.transpose_bytes([meta(64, 4096, dtype=torch.uint8), meta(16, 4096, dtype=torch.uint8)])
     assert len(made) == 3
     assert max(kernel.metadata.shared for kernel in made) <= SHARED[capability]
 
