@@ -49,11 +49,12 @@ def _dense_row(
     row = tl.minimum(first + tl.arange(0, tile_o), rows - 1).to(tl.int64)
     column = tl.arange(0, tile_i)[None]
     places = w + row[:, None] * size + column
+    piece: tl.constexpr = 8  # that a thread has, and sums itself
     given = tl.load(x + column, mask=column < size, other=0.0)
-    total = ahead.to(tl.float32) * given.to(tl.float32)
+    total = _pieces(ahead, given, piece)
     if lead == 2:
         given = tl.load(x + tile_i + column, mask=tile_i + column < size, other=0.0)
-        total += second.to(tl.float32) * given.to(tl.float32)
+        total += _pieces(second, given, piece)
     for start in tl.range(lead * tile_i, size, tile_i, num_stages=stages):
         if even:
             tile = tl.load(places + start)
@@ -61,8 +62,15 @@ def _dense_row(
         else:
             tile = tl.load(places + start, mask=start + column < size, other=0.0)
             value = tl.load(x + start + column, mask=start + column < size, other=0.0)
-        total += tile.to(tl.float32) * value.to(tl.float32)
+        total += _pieces(tile, value, piece)
     return tl.sum(total, 1)[None]
+
+
+@triton.jit
+def _pieces(w, x, piece: tl.constexpr):
+    """w (O, I) times x (1, I), summed by pieces (O, I / piece)."""
+    product = w.to(tl.float32) * x.to(tl.float32)
+    return tl.sum(tl.reshape(product, (w.shape[0], w.shape[1] // piece, piece)), 2)
 
 
 @triton.jit
