@@ -16,9 +16,10 @@ from torch import Tensor
 
 from litlora.engine import Eager, Engine, State
 from litlora.errors import InputError
-from litlora.kv_cache import Continuation, Prefill, on_device
+from litlora.kv_cache import Continuation, Prefill
 from litlora.model import Decoder
 from litlora.sampling import NOT_FINITE, Sampling
+from litlora.transfer import on_device, on_its_way
 
 __all__ = ["Sampling", "check_prompts", "generate", "room"]
 
@@ -138,17 +139,10 @@ class _Reading:
     """Chosen tokens on their way to the host, with the rows they belong to."""
 
     def __init__(self, rows: Sequence[int], tokens: Tensor) -> None:
-        self.rows = list(rows)
-        self.tokens = tokens.to("cpu", non_blocking=True, copy=True)  # pinned memory, when it comes from a card
-        self.event: torch.cuda.Event | None = None
-        if tokens.is_cuda:
-            self.event = torch.cuda.Event()
-            self.event.record(torch.cuda.current_stream(tokens.device))
+        self.rows, self.read = list(rows), on_its_way(tokens)
 
     def get(self) -> Iterator[tuple[int, int]]:
-        if self.event is not None:
-            self.event.synchronize()
-        return zip(self.rows, self.tokens.tolist(), strict=True)
+        return zip(self.rows, self.read(), strict=True)
 
 
 def make_engine(model: Decoder, slots: int, capacities: Sequence[int]) -> Engine:

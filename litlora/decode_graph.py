@@ -19,11 +19,12 @@ from torch import Tensor
 from litlora.engine import State
 from litlora.errors import InputError
 from litlora.few_rows import FewRows, Unsupported
-from litlora.kv_cache import PAGE, KVCache, Pages, bytes_per_token, on_device
+from litlora.kv_cache import PAGE, KVCache, Pages, bytes_per_token
 from litlora.model import Decoder
 from litlora.ops.decode_attention import LARGEST_HEAD, Workspace, attend
 from litlora.ops.decode_kernels import MOST_ROWS
 from litlora.sequences import View
+from litlora.transfer import on_device
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)  # of captured batches
 WORKING_MEMORY = 1e9  # bytes of the card that the cache leaves for activations

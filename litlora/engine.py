@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from litlora.kv_cache import Decode, KVCache, on_device
+from litlora.kv_cache import Decode, KVCache
 from litlora.model import Decoder
 from litlora.sampling import Sampling
+from litlora.transfer import on_device
 
 
 class State:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from litlora.config import ModelConfig
 from litlora.sequences import Packed, View
+from litlora.transfer import on_device
 
 
 class KVCache:
@@ -42,11 +43,6 @@ def _widest(x: Tensor) -> Tensor:
     """(N, K, D) as (N, bytes / 8) int64, where that is whole: rows are copied element by element, of any size."""
     flat = x.reshape(len(x), -1)
     return flat.view(torch.int64) if flat.shape[1] * flat.element_size() % 8 == 0 else flat
-
-
-def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """A copy of what the host made, by way of pinned memory, so that the host waits for nothing the card still does."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, islice
 from types import FrameType, TracebackType
@@ -25,6 +25,7 @@ from litlora.graphs import Captured, Eager, MicroStep, fastest_micro_step
 from litlora.optimizers import state_bytes
 from litlora.packing import Batch
 from litlora.precision import RunPrecision
+from litlora.transfer import on_its_way
 
 # Fabric advises tf32 products at every start: the precision here is the user's flag
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
@@ -185,52 +186,31 @@ def _optimizer_step(
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         optimizer.step()
 
-    read, updates = _on_its_way(figures), _skips_what_is_not_finite(optimizer, figures)
-    if updates is not None:
-        with updates:
-            update()
+    read = on_its_way(figures)
+    updated = _updated_if_finite(optimizer, figures, update)
     mean, size = read()  # the only wait for the card in a step
     bad_rows: tuple[int, ...] = ()
     if not (math.isfinite(mean) and math.isfinite(size)):
         bad_rows = _bad_rows(fabric, model, optimizer, work, losses)
-    elif updates is None:
+    elif not updated:
         update()
     optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
     return mean, size, bad_rows
 
 
-def _on_its_way(x: Tensor) -> Callable[[], list[float]]:
-    """x on the host, once asked for. A card is not waited for beyond x."""
-    host = x.to("cpu", non_blocking=True)
-    arrived = torch.cuda.Event() if x.is_cuda else None
-    if arrived is not None:
-        arrived.record()
-
-    def read() -> list[float]:
-        if arrived is not None:
-            arrived.synchronize()
-        return host.tolist()
-
-    return read
-
-
-def _skips_what_is_not_finite(optimizer: torch.optim.Optimizer, figures: Tensor) -> AbstractContextManager[None] | None:
-    """Inside it a step of `optimizer` is one only if all `figures` are finite, which the card finds out by itself: so
-    the step is under way before the host has seen them. None where the optimizer cannot: torch's fused ones can, by
-    what its GradScaler uses."""
+def _updated_if_finite(optimizer: torch.optim.Optimizer, figures: Tensor, update: Callable[[], None]) -> bool:
+    """Calls `update`, a step of the optimizer that is one only if all `figures` are finite, which the card finds out by
+    itself: so it is under way before the host has seen them. False, and nothing is done, where the optimizer cannot:
+    torch's fused ones can, by what its GradScaler uses."""
     own: Any = getattr(optimizer, "optimizer", optimizer)  # Fabric wraps it
     if not own.defaults.get("fused"):
-        return None
-
-    @contextmanager
-    def inside() -> Iterator[None]:
-        own.found_inf = (~figures.isfinite()).any().float()
-        try:
-            yield
-        finally:
-            del own.found_inf
-
-    return inside()
+        return False
+    own.found_inf = (~figures.isfinite()).any().float()
+    try:
+        update()
+    finally:
+        del own.found_inf
+    return True
 
 
 def _grad_norm(optimizer: torch.optim.Optimizer) -> Tensor:

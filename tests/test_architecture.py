@@ -17,7 +17,7 @@ FLOORS = [  # from the top down; rooms of one floor may use each other, but in n
     "meta_format flops report loggers model_card samples graphs pace",
     "peft_format model packing sampling meta_tokenizer deltas",
     "lora sequences kv_cache data recompute",
-    "frozen checkpoint ops config tokenizer metrics markdown expressions flat_yaml",
+    "frozen checkpoint ops config tokenizer metrics markdown expressions flat_yaml transfer",
     "errors",
 ]
 APART = [("model", "lora"), ("model", "frozen"), ("model", "checkpoint"), ("lora", "model")]

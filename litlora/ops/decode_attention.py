@@ -106,6 +106,53 @@ def _alone(
     return highest + one, tl.sum(total * weight, 0) + one, tl.sum(mean * weight[:, None], 0)[None]
 
 
+@triton.jit
+def _grouped(
+    q, k, v, newest, cos, sin, q_weight, k_weight, eps, keys, values, table, begin, end, lowest, width, head, scale,
+    is_last, group: tl.constexpr, group_block: tl.constexpr, half: tl.constexpr, half_block: tl.constexpr,
+    page: tl.constexpr, tile: tl.constexpr, norm: tl.constexpr, rotate: tl.constexpr,
+):  # fmt: skip
+    """The queries that read one key/value head, on tensor cores, over the tokens from `begin` to `end`, of which their
+    own, `newest`, is one where `is_last`: what `_alone` gives, (group_block,) and (group_block, D)."""
+    size: tl.constexpr = 2 * half
+    dim, member = tl.arange(0, 2 * half_block)[None, :], tl.arange(0, group_block)[:, None]
+    pair = tl.arange(0, half_block)[None, :]
+    heads = (head * group + member) * size
+    mine = (member < group) & (pair < half)
+    q1, q2 = _halves(q, heads, q_weight, cos, sin, pair, mine, eps, half, norm, rotate)
+    if is_last:  # the new token is in the last part, which writes it
+        one = tl.zeros((1, 1), tl.int32)
+        new = head * size + one
+        k1, k2 = _halves(k, new, k_weight, cos, sin, pair, (pair < half) & (one == 0), eps, half, norm, rotate)
+        place = newest * width + head * size + one
+        tl.store(keys + place + pair, k1, mask=pair < half)
+        tl.store(keys + place + half + pair, k2, mask=pair < half)
+        value = tl.load(v + new + dim, mask=dim < size, other=0.0)
+        tl.store(values + place + dim, value, mask=dim < size)
+        tl.debug_barrier()
+    best = tl.full((group_block,), -1e38, tl.float32)
+    total = tl.zeros((group_block,), tl.float32)
+    mean = tl.zeros((group_block, 2 * half_block), tl.float32)
+    for first in range(begin, end, tile):
+        token = first + tl.arange(0, tile)
+        seen = (token >= lowest) & (token < end)
+        known = seen[:, None]
+        place = _page(table, first, page, tile)[:, None] * width + head * size
+        k1 = tl.load(keys + place + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
+        k2 = tl.load(keys + place + half + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
+        score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, -1e38)
+        higher = tl.maximum(best, tl.max(score, 1))
+        weight = tl.where(seen[None, :], tl.exp2(score - higher[:, None]), 0.0)
+        fade = tl.exp2(best - higher)
+        total = total * fade + tl.sum(weight, 1)
+        value = tl.load(values + place + dim, mask=known & (dim < size), other=0.0).to(q1.dtype)
+        mean = tl.dot(weight.to(value.dtype), value, mean * fade[:, None], input_precision="ieee")
+        best = higher
+    return best, total, mean
+
+
 @triton.jit(do_not_specialize=["window", "most_pages"])
 def _attend(
     q, k, v, q_stride, kv_stride, cos, sin, q_weight, k_weight, eps, keys, values, positions, table, most_pages,
@@ -148,40 +195,11 @@ def _attend(
             lowest, width, head, scale, part == used - 1, half, page, tile, norm, rotate, pdl,
         )  # fmt: skip
     else:
-        pair = tl.arange(0, half_block)[None, :]
-        heads = row * q_stride + (head * group + member) * size
-        mine = (member < group) & (pair < half)
-        q1, q2 = _halves(q, heads, q_weight, cos, sin, pair, mine, eps, half, norm, rotate)
-        if part == used - 1:  # the new token is in the last part, which writes it
-            one = tl.zeros((1, 1), tl.int32)
-            new = row * kv_stride + head * size + one
-            k1, k2 = _halves(k, new, k_weight, cos, sin, pair, (pair < half) & (one == 0), eps, half, norm, rotate)
-            place = newest * width + head * size + one
-            tl.store(keys + place + pair, k1, mask=pair < half)
-            tl.store(keys + place + half + pair, k2, mask=pair < half)
-            value = tl.load(v + new + dim, mask=dim < size, other=0.0)
-            tl.store(values + place + dim, value, mask=dim < size)
-            tl.debug_barrier()
-        best = tl.full((group_block,), -1e38, tl.float32)
-        total = tl.zeros((group_block,), tl.float32)
-        mean = tl.zeros((group_block, 2 * half_block), tl.float32)
-        for first in range(begin, end, tile):
-            token = first + tl.arange(0, tile)
-            seen = (token >= lowest) & (token < end)
-            known = seen[:, None]
-            place = _page(table, first, page, tile)[:, None] * width + head * size
-            k1 = tl.load(keys + place + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
-            k2 = tl.load(keys + place + half + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
-            score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-            score = tl.dot(q2, tl.trans(k2), score, input_precision="ieee") * scale
-            score = tl.where(seen[None, :], score, -1e38)
-            higher = tl.maximum(best, tl.max(score, 1))
-            weight = tl.where(seen[None, :], tl.exp2(score - higher[:, None]), 0.0)
-            fade = tl.exp2(best - higher)
-            total = total * fade + tl.sum(weight, 1)
-            value = tl.load(values + place + dim, mask=known & (dim < size), other=0.0).to(q1.dtype)
-            mean = tl.dot(weight.to(value.dtype), value, mean * fade[:, None], input_precision="ieee")
-            best = higher
+        best, total, mean = _grouped(
+            q + row * q_stride, k + row * kv_stride, v + row * kv_stride, newest, cos, sin, q_weight, k_weight, eps,
+            keys, values, table, begin, end, lowest, width, head, scale, part == used - 1, group, group_block, half,
+            half_block, page, tile, norm, rotate,
+        )  # fmt: skip
     lane = tl.arange(0, group_block)
     number = (row * kv_heads + head) * group + lane  # of the head, among all rows
     whole = kv_heads * group * size

@@ -32,30 +32,25 @@ def low_tile(z, b, row, column, here, across, z_stride, b_row, b_column, rank, r
     return tl.dot(left, right, input_precision="ieee")
 
 
+@triton.jit
+def _scaled_copy(x, y, size, factor, program, block: tl.constexpr):
+    """A program's part, if it has one; its number among the programs behind these."""
+    place = program * block + tl.arange(0, block)
+    inside = (place >= 0) & (place < size)
+    tl.store(y + place, tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * factor, mask=inside)
+    return program - tl.cdiv(size, block)
+
+
 @triton.jit(do_not_specialize=["n0", "n1", "n2", "n3", "n4", "n5"])
 def _scaled_copies(
     x0, x1, x2, x3, x4, x5, y0, y1, y2, y3, y4, y5, n0, n1, n2, n3, n4, n5, f0, f1, f2, f3, f4, f5, block: tl.constexpr
 ):
-    program = tl.program_id(0)
-    x, y, size, factor = x0, y0, n0, f0
-    before = tl.cdiv(n0, block)
-    first = 0
-    if program >= before:
-        x, y, size, factor, first = x1, y1, n1, f1, before
-    before += tl.cdiv(n1, block)
-    if program >= before:
-        x, y, size, factor, first = x2, y2, n2, f2, before
-    before += tl.cdiv(n2, block)
-    if program >= before:
-        x, y, size, factor, first = x3, y3, n3, f3, before
-    before += tl.cdiv(n3, block)
-    if program >= before:
-        x, y, size, factor, first = x4, y4, n4, f4, before
-    before += tl.cdiv(n4, block)
-    if program >= before:
-        x, y, size, factor, first = x5, y5, n5, f5, before
-    place = (program - first) * block + tl.arange(0, block)
-    tl.store(y + place, tl.load(x + place, mask=place < size, other=0.0).to(tl.float32) * factor, mask=place < size)
+    program = _scaled_copy(x0, y0, n0, f0, tl.program_id(0), block)
+    program = _scaled_copy(x1, y1, n1, f1, program, block)
+    program = _scaled_copy(x2, y2, n2, f2, program, block)
+    program = _scaled_copy(x3, y3, n3, f3, program, block)
+    program = _scaled_copy(x4, y4, n4, f4, program, block)
+    _scaled_copy(x5, y5, n5, f5, program, block)
 
 
 def scaled_copies(xs: Sequence[Tensor], ys: Sequence[Tensor], factors: Sequence[float]) -> None:
