@@ -3,40 +3,34 @@ without one in fp32 through Triton's interpreter, where Triton is installed (TRI
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernel_device import CUDA, DEVICE, MARKS
 from tiny_models import make_family
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton is not installed")
-CUDA = torch.cuda.is_available()
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no CUDA GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
+from litlora import decode, decode_graph, frozen
+from litlora.config import ModelConfig, Rope
+from litlora.decode_graph import Captured, has_pdl
+from litlora.few_rows import FewRows, Unsupported, group_of
+from litlora.frozen import Dense, make_quantizer
+from litlora.kv_cache import PAGE, Decode, KVCache, Pages, Prefill
+from litlora.load import Directory, RandomWeights, load_model
+from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules
+from litlora.model import Decoder
+from litlora.ops import decode_attention, decode_four_bit
+from litlora.ops import decode_kernels as kernels
+from litlora.ops import decode_linear as linears
+from litlora.ops import decode_products as products
+from litlora.ops.decode_attention import Workspace, attend
+from litlora.sampling import Sampling
+from litlora.sequences import Packed
 
-from litlora import decode, decode_graph, frozen  # noqa: E402
-from litlora.config import ModelConfig, Rope  # noqa: E402
-from litlora.decode_graph import Captured, has_pdl  # noqa: E402
-from litlora.few_rows import FewRows, Unsupported, group_of  # noqa: E402
-from litlora.frozen import Dense, make_quantizer  # noqa: E402
-from litlora.kv_cache import PAGE, Decode, KVCache, Pages, Prefill  # noqa: E402
-from litlora.load import Directory, RandomWeights, load_model  # noqa: E402
-from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_modules  # noqa: E402
-from litlora.model import Decoder  # noqa: E402
-from litlora.ops import decode_attention, decode_four_bit  # noqa: E402
-from litlora.ops import decode_kernels as kernels  # noqa: E402
-from litlora.ops import decode_linear as linears  # noqa: E402
-from litlora.ops import decode_products as products  # noqa: E402
-from litlora.ops.decode_attention import Workspace, attend  # noqa: E402
-from litlora.sampling import Sampling  # noqa: E402
-from litlora.sequences import Packed  # noqa: E402
-
-pytestmark = [pytest.mark.gpu] if CUDA else []
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+pytestmark = MARKS
 DTYPES = [torch.bfloat16, torch.float32] if CUDA else [torch.float32]
 SHAPE: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 150, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,

@@ -4,26 +4,21 @@ installed (TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from kernel_device import CUDA, DEVICE, MARKS
 from torch import Tensor, nn
 
-pytest.importorskip("triton", reason="Triton is not installed")
-CUDA = torch.cuda.is_available()
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no CUDA GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
-
-from litlora.config import ModelConfig  # noqa: E402
-from litlora.frozen import DenseLinear, FrozenLinear, make_quantizer  # noqa: E402
-from litlora.load import RandomWeights, load_model  # noqa: E402
-from litlora.lora import FLAG_TARGETS, LoRA, LoRALinear, adapt, lora_modules, lora_parameters  # noqa: E402
-from litlora.model import CausalLoss, Decoder  # noqa: E402
-from litlora.ops import (  # noqa: E402
+from litlora.config import ModelConfig
+from litlora.frozen import DenseLinear, FrozenLinear, make_quantizer
+from litlora.load import RandomWeights, load_model
+from litlora.lora import FLAG_TARGETS, LoRA, LoRALinear, adapt, lora_modules, lora_parameters
+from litlora.model import CausalLoss, Decoder
+from litlora.ops import (
     Ops,
     attention,
     attention_kernels,
@@ -34,13 +29,12 @@ from litlora.ops import (  # noqa: E402
     narrow,
     reference,
 )
-from litlora.ops.reference import Keep  # noqa: E402
-from litlora.packing import Batch  # noqa: E402
-from litlora.recompute import Kept  # noqa: E402
-from litlora.sequences import Packed  # noqa: E402
+from litlora.ops.reference import Keep
+from litlora.packing import Batch
+from litlora.recompute import Kept
+from litlora.sequences import Packed
 
-pytestmark = [pytest.mark.gpu] if CUDA else []
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+pytestmark = MARKS
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if CUDA else [torch.float32]
 FUSED, PLAIN = fused.table(DEVICE), Ops()
 SCALE = 2.0

@@ -4,23 +4,17 @@
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 import torch
+from kernel_device import CUDA, DEVICE, MARKS
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton is not installed")
-CUDA = torch.cuda.is_available()
-if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no CUDA GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
+from litlora import sampling as plain
+from litlora.ops import sampling_kernels
+from litlora.sampling import NOT_FINITE, Sampling, uniform
 
-from litlora import sampling as plain  # noqa: E402
-from litlora.ops import sampling_kernels  # noqa: E402
-from litlora.sampling import NOT_FINITE, Sampling, uniform  # noqa: E402
-
-pytestmark = [pytest.mark.gpu] if CUDA else []
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+pytestmark = MARKS
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if CUDA else [torch.float32]
 SLACK = 1e-6  # of the total: as near to a boundary two sums in floating point may fall on either side
 
