@@ -18,6 +18,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -42,6 +43,7 @@ from litlora.packing import micro_batches  # noqa: E402
 from litlora.precision import pick_device  # noqa: E402
 
 Row = dict[str, Any]
+FORKING = threading.Lock()  # libraries that look after forks refuse two at once
 GOALS = ("goal_speed", "goal_share", "goal_gb", "goal_weights_gb", "goal_minutes")
 
 
@@ -63,7 +65,8 @@ def in_child(work: Callable[[], None], limit: float) -> str | None:
     """Runs `work` in a forked process; says how it ended, if not well. After `limit` seconds it is ended with all that
     it started."""
     sys.stdout.flush()
-    pid = os.fork()
+    with FORKING:
+        pid = os.fork()
     if pid == 0:
         code = 1
         try:

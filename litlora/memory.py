@@ -87,6 +87,7 @@ class Widths:
     wide_lean: int
     attention: int  # a recomputed block outside of its MLP
     tile: int  # and inside, which goes tile by tile
+    flash: int  # or while flash attention goes back, the wider of the two for long rows
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Recipe:
         block = float(item * wide * micro.tokens if whole else 0)
         if micro.blocks:  # when the first of these goes through its backward pass, what the others kept is gone
             tile = micro.tokens / math.ceil(micro.tokens / TILE)
-            recomputed = widths.attention * micro.tokens + widths.tile * tile
+            recomputed = max(widths.attention * micro.tokens + widths.tile * tile, widths.flash * micro.tokens)
             block = max(block, item * (recomputed - whole * kept * micro.tokens))
         logits = min(LOGITS_BYTES, micro.tokens * item * self.config.vocab_size)
         return Footprint(
@@ -181,7 +182,10 @@ class Recipe:
             wide=2 * inner + 3 * hidden,
             wide_lean=2 * inner + product + 4 * hidden,
             attention=attention + hidden,
-            tile=4 * inner + product + 3 * hidden,
+            tile=3 * inner + 3 * hidden,
+            # q, k, v, what attention gave, and all their gradients, that of q in fp32 too; those of k and v are made
+            # for each query head and then added up; of the stream only the block's input and its gradient are left
+            flash=6 * queries + 4 * keys + 2 * queries * (keys < queries) - 2 * hidden,
         )
 
     def _dequantized(self) -> float:

@@ -214,21 +214,21 @@ class _SwiGLU:
         return _on_top(outer, inside.hidden, inside.z_outer, x)
 
     def backward(
-        self, inner: Group, outer: Group, x: Tensor, inside: _Inside, past: Tensor, out: Tensor | None
+        self, inner: Group, outer: Group, x: Tensor, inside: _Inside, past: Tensor, out: Tensor | None, last_use: bool
     ) -> list[Tensor | None]:
         """The factors' gradients; that of x into `out`, where it is wanted. What `inside` does not hold is worked out
-        again."""
+        again; on its `last_use` it is written over."""
         dy = past.contiguous().to(inside.gate.dtype)
         hidden, z_outer, again = inside.hidden, inside.z_outer, None
         dz_outer, last = outer.low_gradients(z_outer, [dy])
         if z_outer is None:
             dz_outer = outer.dz([dy])
         if hidden is None and dz_outer is not None:
-            hidden = again = torch.empty_like(inside.gate)
+            hidden = again = inside.up if last_use else torch.empty_like(inside.gate)
         low = outer.low_dx(dz_outer)
         d_hidden = outer.dx(dz_outer if low is None else None, [dy])
         low_gate, low_up = inner.lows(inside.z) or (None, None)
-        dys = kernels.swiglu_backward(d_hidden, inside.gate, inside.up, low_gate, low_up, low, again)
+        dys = kernels.swiglu_backward(d_hidden, inside.gate, inside.up, low_gate, low_up, low, again, last_use)
         if z_outer is None and hidden is not None and (z_outer := outer.down(hidden)) is not None:
             outer.add_bottoms(last, z_outer, [dy])
         outer.add_tops(last, hidden, dz_outer)
@@ -256,7 +256,7 @@ class _NormMLP(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         inner, outer = ctx.mlp.groups(saved[7:])
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        gradients = ctx.mlp.backward(inner, outer, x, _Inside(*saved[:7]), past, dx)
+        gradients = ctx.mlp.backward(inner, outer, x, _Inside(*saved[:7]), past, dx, last_use=False)
         return dx, None, None, *_cast(gradients, ctx.mlp.parts)
 
 
@@ -285,7 +285,8 @@ class _TiledNormMLP(torch.autograd.Function):
         for rows in _tiles(x):
             inner, outer = mlp.groups(casts, rows.start)
             out = None if dx is None else dx[rows]
-            sums = _added(sums, mlp.backward(inner, outer, x[rows], mlp.enter(inner, x[rows]), past[rows], out))
+            inside = mlp.enter(inner, x[rows])
+            sums = _added(sums, mlp.backward(inner, outer, x[rows], inside, past[rows], out, last_use=True))
         return dx, None, None, *_cast(sums, mlp.parts)
 
 

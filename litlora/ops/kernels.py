@@ -212,10 +212,11 @@ def swiglu_backward(
     low_up: Low | None = None,
     low_dy: Low | None = None,
     hidden: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(d_gate, d_up); d_up takes dy's place. `low_dy`: dz (N, R) and a (R, F), dz a being part of dy. Into `hidden`
-    goes what `swiglu` gave."""
-    d_gate, (rows, size) = torch.empty_like(gate), gate.shape
+    """(d_gate, d_up); d_up takes dy's place, and `in_place` d_gate that of gate. `low_dy`: dz (N, R) and a (R, F), dz a
+    being part of dy. Into `hidden` goes what `swiglu` gave."""
+    d_gate, (rows, size) = gate if in_place else torch.empty_like(gate), gate.shape
     y, again = dy if hidden is None else hidden, hidden is not None
     if low_gate is None and low_up is None and low_dy is None:
         _swiglu_backward[(triton.cdiv(rows * size, _FLAT),)](
