@@ -21,7 +21,7 @@ from litlora.ops.decode_kernels import MOST_ROWS, _order
 
 TILE = 64  # keys at a time
 LEAST = 4  # tiles of a part: what the parts of a short row leave for each other would take longer
-BUSY = 2  # programs for each multiprocessor, where a row's length gives so many
+BUSY = 2  # programs for each multiprocessor, where a row's length gives so many; of `_alone` one has room on it
 LARGEST_HEAD = 256
 
 
@@ -59,8 +59,8 @@ def _alone(
     """One query over the tokens from `begin` to `end`, and over its own where `is_last`: the largest score, the sum of
     weights and that of weighted values, (1,), (1,) and (1, D).
 
-    The latency of few short loads is all there is: so no tensor cores, the newest token never comes from the cache, the
-    first tile is asked for before q is there, and what each of a tile's tokens has summed stays apart until the end.
+    The latency of few short loads is all there is: so no tensor cores, the newest token never comes from the cache, two
+    tiles are asked for before q is there, and what each of a tile's tokens has summed stays apart until the end.
     """
     size: tl.constexpr = 2 * half
     slot, dim, pair = tl.arange(0, tile), tl.arange(0, size)[None], tl.arange(0, half)[None]
@@ -68,6 +68,12 @@ def _alone(
     place = _page(table, begin, page, tile)[:, None] * width + head * size + dim
     known = (begin + slot < end)[:, None]
     next_key, next_value = tl.load(keys + place, mask=known, other=0.0), tl.load(values + place, mask=known, other=0.0)
+    later_key, later_value = next_key, next_value
+    if begin + tile < end:
+        place = _page(table, begin + tile, page, tile)[:, None] * width + head * size + dim
+        known = (begin + tile + slot < end)[:, None]
+        later_key = tl.load(keys + place, mask=known, other=0.0)
+        later_value = tl.load(values + place, mask=known, other=0.0)
     if pdl:
         tl.extra.cuda.gdc_wait()
         # not earlier: the next kernel fetches its weights into the cache, through which the one before still reads
@@ -88,12 +94,12 @@ def _alone(
         mean = tl.where((slot == 0)[:, None], value.to(tl.float32), 0.0)
     for first in range(begin, end, tile):
         key, value, seen = next_key, next_value, (first + slot >= lowest) & (first + slot < end)
-        ahead = first + tile
+        next_key, next_value, ahead = later_key, later_value, first + 2 * tile
         if ahead < end:
             place = _page(table, ahead, page, tile)[:, None] * width + head * size + dim
             known = (ahead + slot < end)[:, None]
-            next_key = tl.load(keys + place, mask=known, other=0.0)
-            next_value = tl.load(values + place, mask=known, other=0.0)
+            later_key = tl.load(keys + place, mask=known, other=0.0)
+            later_value = tl.load(values + place, mask=known, other=0.0)
         score = tl.where(seen, tl.sum(key.to(tl.float32) * query, 1) * scale, -1e38)
         higher = tl.maximum(best, score)
         weight, fade = tl.where(seen, tl.exp2(score - higher), 0.0), tl.exp2(best - higher)
@@ -248,7 +254,8 @@ class Workspace:
         processors = 132
         if device.type == "cuda":
             processors = torch.cuda.get_device_properties(device).multi_processor_count
-        parts = min(64, _power(triton.cdiv(BUSY * processors, rows * kv_heads)))
+        busy = 1 if heads == kv_heads else BUSY
+        parts = min(64, _power(triton.cdiv(busy * processors, rows * kv_heads)))
         sums = torch.empty(rows, heads, parts, head_dim, dtype=torch.float32, device=device)
         bounds = torch.empty(rows, heads, parts, 2, dtype=torch.float32, device=device)
         return cls(parts, sums, bounds, torch.zeros(rows, kv_heads, dtype=torch.int32, device=device))
