@@ -276,11 +276,11 @@ def test_linear_add_takes_the_place_of_the_residual_only_in_inference_mode(r: in
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("ranks", [(0, 0, 0), (8, 8, 8), (8, 0, 0), (0, 0, 70)])
-@pytest.mark.parametrize("keep", ["all", "lean", "input"])
+@pytest.mark.parametrize(("keep", "tile"), [("all", 16), ("lean", 16), ("input", 16), ("input", 40)])
 def test_norm_and_mlp(
-    ranks: tuple[int, int, int], keep: Keep, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ranks: tuple[int, int, int], keep: Keep, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "TILE", 16)  # of 40 rows: three tiles
+    monkeypatch.setattr(reference, "TILE", tile)  # of 40 rows: three tiles, or one
     monkeypatch.setattr(group, "TOGETHER", 0)
 
     def run(ops: Any, dtype: torch.dtype) -> list[Tensor]:
