@@ -156,7 +156,7 @@ def machine() -> Row:
         "gpu": output_of(query) if torch.cuda.is_available() else "none (CPU)",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": os.environ.get("COMMIT") or output_of(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]) or "?",
+        "commit": os.environ.get("COMMIT") or output_of(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["benchmarks/train.py", *sys.argv[1:]]),
     }

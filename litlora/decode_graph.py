@@ -26,9 +26,9 @@ from litlora.ops.decode_kernels import MOST_ROWS
 from litlora.sequences import View
 from litlora.transfer import on_device
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512)  # of captured batches
+SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)  # of captured batches
 WORKING_MEMORY = 1e9  # bytes of the card that the cache leaves for activations
-PATIENCE = 32  # steps in a larger captured batch before a smaller one is captured, which takes as long as a few steps
+PATIENCE = 32  # steps in larger batches than needed before a smaller one is captured, which costs about what they waste
 SAMPLING_MEMORY = 32  # and for sampling, by slot and word of the vocabulary: eight fp32 copies of the logits
 
 
@@ -63,7 +63,7 @@ class Captured:
         self.stale = False  # whether the device's is not ours
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self.forwards: dict[int, Callable[[State], Tensor]] = {}
-        self.asked: dict[int, int] = {}  # steps of a size that a larger one took
+        self.oversized = 0  # steps in larger batches than needed since the last capture
         self.pool: Any = None  # the memory that the graphs share
 
     def admit(self, row: int, tokens: int, live: int) -> bool:
@@ -119,8 +119,10 @@ class Captured:
         """The batch that the step runs as: rows that leave do not have a graph captured for every size they pass."""
         size = padded(rows)
         larger = [other for other in self.graphs if other > size]
-        self.asked[size] = self.asked.get(size, 0) + 1
-        return min(larger) if larger and size not in self.forwards and self.asked[size] <= PATIENCE else size
+        if not larger or size in self.forwards:
+            return size
+        self.oversized = (self.oversized + 1) % (PATIENCE + 1)
+        return min(larger) if self.oversized else size
 
     def run(self, size: int, state: State) -> None:
         slots = slice(0, size)

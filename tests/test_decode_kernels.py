@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -442,6 +442,23 @@ def test_generated_text_fed_back_has_the_same_probabilities(
             truth, plain = fed_back(models[torch.float32], row), fed_back(models[DTYPES[0]], row)
             limit = 1.5 * (plain - truth).norm() + 1e-4 * truth.norm()
             assert (ours - truth).norm() <= limit, (row, float((ours - truth).norm()), float(limit))
+
+
+def test_a_batch_that_shrinks_has_a_graph_captured_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps in larger batches than needed count together, whatever size each would have needed."""
+    monkeypatch.setattr(decode_graph, "PATIENCE", 3)
+    engine = Captured.__new__(Captured)
+    engine.graphs, engine.forwards, engine.oversized = {}, {}, 0
+
+    def step(rows: int) -> int:
+        size = engine.size(rows)
+        engine.forwards.setdefault(size, lambda state: state)
+        engine.graphs[size] = cast(Any, None)
+        return size
+
+    assert [step(rows) for rows in (60, 30, 15, 7, 3)] == [64, 64, 64, 64, 4]
+    assert [step(rows) for rows in (5, 3, 30, 2, 1)] == [64, 4, 64, 4, 1], "4 is there; 1 is captured in its turn"
+    assert [step(rows) for rows in (100, 60, 4)] == [128, 64, 4], "a batch that grows never waits"
 
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
