@@ -30,6 +30,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"  # a directory
 MAX_HEADER = 100_000_000  # the format's own limit, bytes
+PIECE = 2**22  # bytes of two tensors that are compared
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -55,6 +56,13 @@ class TensorInfo:
         if self.nbytes:
             _pread_into(self.file, buffer.numpy().data, self.offset)
         return buffer.view(self.dtype).view(self.shape)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes, PIECE at a time."""
+        for start in range(0, self.nbytes, PIECE):
+            out = bytearray(min(PIECE, self.nbytes - start))
+            _pread_into(self.file, memoryview(out), self.offset + start)
+            yield bytes(out)
 
     def head(self, nbytes: int) -> bytes:
         """The first `nbytes` bytes."""
@@ -208,6 +216,13 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         return self.tensors[name].read()
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors are the same, byte for byte; neither is read as a whole."""
+        one, two = self.tensors[name], self.tensors[other]
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        return all(a == b for a, b in zip(one.pieces(), two.pieces(), strict=True))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -21,6 +21,7 @@ from litlora.ops.parts import Parts
 
 BLOCKSIZE = 64  # weights that share one absmax, bitsandbytes' default
 SLICE = 2**20  # weights quantized at a time on the CPU: whole blocks
+FP8_SLICE = 2**24  # weights rounded to fp8 at a time: in fp32 a whole head would be the widest moment of a run
 
 
 class FrozenLinear(nn.Module):
@@ -217,9 +218,14 @@ class Fp8Linear(FrozenLinear):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
-        wide = weight.float()
-        scales = wide.abs().amax(1).clamp(min=1e-12) / FP8_MAX
-        self.weight, self.scales = _frozen((wide / scales[:, None]).to(torch.float8_e4m3fn)), _frozen(scales)
+        rounded = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+        scales = torch.empty(self.out_features, device=weight.device)
+        rows = max(1, FP8_SLICE // self.in_features)
+        for part, out, scale in zip(weight.split(rows), rounded.split(rows), scales.split(rows), strict=True):
+            wide = part.float()
+            scale.copy_(wide.abs().amax(1).clamp(min=1e-12) / FP8_MAX)
+            out.copy_(wide / scale[:, None])
+        self.weight, self.scales = _frozen(rounded), _frozen(scales)
         self.bias = None if bias is None else _frozen(bias)
         shaped = self.in_features % 16 == 0 and self.out_features % 16 == 0
         self.rounds = weight.is_cuda and shaped and has_fp8(weight.device)

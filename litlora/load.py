@@ -47,14 +47,13 @@ class Directory:
         config, checkpoint = ModelConfig.load(path), Checkpoint(path)
         check_tensors(config, {name: info.shape for name, info in checkpoint.tensors.items()}, path)
         directory = cls(config, checkpoint)
-        if config.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors:
-            head, embedding = checkpoint.read("lm_head.weight"), checkpoint.read("model.embed_tokens.weight")
-            if not torch.equal(head, embedding):
-                raise InputError(
-                    "the config ties the head to the embedding, but the checkpoint holds two different tensors",
-                    where=path,
-                    fix='set "tie_word_embeddings": false in config.json if the head is its own',
-                )
+        both = config.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors
+        if both and not checkpoint.equal("lm_head.weight", "model.embed_tokens.weight"):
+            raise InputError(
+                "the config ties the head to the embedding, but the checkpoint holds two different tensors",
+                where=path,
+                fix='set "tie_word_embeddings": false in config.json if the head is its own',
+            )
         return directory
 
     def read(self, name: str) -> Tensor:

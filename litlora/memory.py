@@ -13,7 +13,6 @@ from functools import cached_property
 import torch
 
 from litlora.config import ModelConfig
-from litlora.errors import InputError
 from litlora.lora import LoRA
 from litlora.ops.reference import LOGITS_BYTES, TILE
 from litlora.optimizers import moment_bytes
@@ -21,13 +20,15 @@ from litlora.recompute import POLICIES, Kept
 
 SPARE = 0.05  # of a card's memory that a run leaves free: the allocator's gaps
 WORKSPACE = 2 * 32 * 2**20  # cuBLAS', on two streams
-QUANTIZED = {  # bytes a weight, with the constants: blocks of 64, and 256 of those where they are quantized too
-    "bnb.nf4": 0.5 + 4 / 64,
-    "bnb.fp4": 0.5 + 4 / 64,
-    "bnb.nf4-dq": 0.5 + 1 / 64 + 4 / (64 * 256),
-    "bnb.fp4-dq": 0.5 + 1 / 64 + 4 / (64 * 256),
-    "fp8": 1.0,
+PACKED = {"bnb.nf4": 0.5, "bnb.fp4": 0.5, "bnb.nf4-dq": 0.5, "bnb.fp4-dq": 0.5, "fp8": 1.0}  # bytes a weight
+CONSTANTS = {  # and beside it: for blocks of 64, and for 256 of those where they are quantized too; fp8's are a row's
+    "bnb.nf4": 4 / 64,
+    "bnb.fp4": 4 / 64,
+    "bnb.nf4-dq": 1 / 64 + 4 / (64 * 256),
+    "bnb.fp4-dq": 1 / 64 + 4 / (64 * 256),
+    "fp8": 0.0,
 }
+QUANTIZED = {name: PACKED[name] + CONSTANTS[name] for name in PACKED}
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class MicroBatch:
 class Footprint:
     """Bytes on the GPU while a run trains."""
 
-    weights: float  # of the base, quantization constants included
+    weights: float  # of the base
+    constants: float  # of their quantization
     adapter: float  # with its copies in the products' dtype
     gradients: float
     optimizer: float
@@ -70,7 +72,8 @@ class Footprint:
     @property
     def peak(self) -> float:
         """Logits are gone when the first block's backward pass begins."""
-        held = self.weights + self.adapter + self.gradients + self.optimizer + self.activations + self.workspace
+        held = self.weights + self.constants + self.adapter + self.gradients + self.optimizer
+        held += self.activations + self.workspace
         return held + max(self.block, self.logits)
 
     def parts(self) -> dict[str, float]:
@@ -119,13 +122,14 @@ class Recipe:
             block = max(block, item * (recomputed - whole * kept * micro.tokens))
         logits = min(LOGITS_BYTES, micro.tokens * item * self.config.vocab_size)
         return Footprint(
-            weights=self.weight_bytes,
+            weights=self.weight_bytes - self.constant_bytes,
+            constants=self.constant_bytes,
             adapter=adapter * (own + copies),
             gradients=adapter * own,
             optimizer=adapter * moment_bytes(self.optimizer, own),
             activations=micro.tokens * per_token,
             block=block,
-            logits=logits + 2 * micro.tokens * hidden,
+            logits=logits + 2 * micro.tokens * hidden + self._dequantized_head(),
             workspace=WORKSPACE + self._dequantized(),
         )
 
@@ -154,6 +158,16 @@ class Recipe:
         tied = config.tie_word_embeddings and not self.quantize_head
         dense = head + config.hidden_size * (2 * config.num_hidden_layers + 1)  # the embedding, the norms
         return linears * rate + dense * item + (0 if tied else head * (rate if self.quantize_head else item))
+
+    @cached_property
+    def constant_bytes(self) -> float:
+        """Of `weight_bytes` what the quantization needs beside the weights."""
+        if self.quantize is None:
+            return 0.0
+        linears = {name: o * i for name, (o, i) in self.config.linear_shapes.items()}
+        head = linears.pop("lm_head")
+        weights = self.config.num_hidden_layers * sum(linears.values()) + head * self.quantize_head
+        return weights * CONSTANTS[self.quantize]
 
     @cached_property
     def adapter_parameters(self) -> int:
@@ -194,6 +208,14 @@ class Recipe:
             return 0.0
         return 2 * max(shapes) * (1 if self.quantize == "fp8" else self.compute.itemsize)
 
+    def _dequantized_head(self) -> float:
+        """What it takes beyond a block's weight, which is not there at the same time."""
+        if self.quantize is None or not self.quantize_head:
+            return 0.0
+        out_features, in_features = self.config.linear_shapes["lm_head"]
+        head = out_features * in_features * (1 if self.quantize == "fp8" else self.compute.itemsize)
+        return max(0.0, head - self._dequantized())
+
 
 def usable_memory(device: torch.device) -> float | None:
     """Bytes that this process may have on a GPU, what it holds already included; None for a CPU."""
@@ -201,33 +223,3 @@ def usable_memory(device: torch.device) -> float | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - SPARE * total
-
-
-def out_of_memory(
-    *,
-    weights: int,
-    adapter: int,
-    micro: MicroBatch,
-    micro_batch_size: int | None,
-    longest: int,
-    quantize: str | None,
-    device: torch.device,
-) -> InputError:
-    """What filled the GPU, in GB, and the cheapest flag that takes less. `weights` and `adapter` in bytes, the latter
-    with gradients and optimizer; `micro_batch_size` where rows were counted instead of tokens."""
-    total = torch.cuda.get_device_properties(device).total_memory
-    parts = f"base weights {weights / 1e9:.2f} GB, adapter with gradients and optimizer {adapter / 1e9:.2f} GB, "
-    held = f"{micro_batch_size} rows of up to {longest}" if micro_batch_size else f"{max(micro.tokens, longest)}"
-    parts += f"the rest activations of {held} tokens"
-    if micro_batch_size and micro_batch_size > 1:
-        fix = f"--micro_batch_size {micro_batch_size // 2}"
-    elif micro.tokens > longest and not micro_batch_size:
-        fix = f"--micro_batch_tokens {max(longest, micro.tokens // 2)}"
-    elif micro.policy != "offload":
-        lean = POLICIES[max(POLICIES.index(micro.policy) + 1, 2)]  # selective alone is not worth another try
-        fix = f"--activation_checkpointing {lean}"
-    elif quantize is None:
-        fix = "--quantize bnb.nf4-dq"
-    else:
-        fix = f"--max_seq_length {longest // 2}"
-    return InputError("out of memory on the GPU", where=f"a card of {total / 1e9:.1f} GB", got=parts, fix=fix)

@@ -218,17 +218,39 @@ def test_what_does_not_fit_gets_the_flags_that_do(capsys: pytest.CaptureFixture[
     config |= {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     (base / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 32, "head_dim": 128}))
     big = ("--checkpoint_dir", str(base))
-    assert plan(*big, "--gpu", "16GB", "--activation_checkpointing", "none", "--micro_batch_tokens", "8000") == 0
+    assert plan(*big, "--gpu", "16GB", "--activation_checkpointing", "none", "--micro_batch_tokens", "8000") == 1
     out = capsys.readouterr().out
     assert "does not fit into the 14.60 GB" in out
-    assert "this fits: --activation_checkpointing auto without --micro_batch_tokens" in out
-    assert plan(*big, "--gpu", "12GB", "--json", "true") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["fits"] is False
-    assert found["proposal"]["flags"] == {"--quantize": "bnb.nf4-dq"}
-    assert found["proposal"]["peak"] <= found["gpu"] < found["peak"]
+    assert "this fits: --activation_checkpointing auto --micro_batch_tokens auto: peak" in out
+    assert plan(*big, "--gpu", "16GB", "--activation_checkpointing", "none", "--micro_batch_size", "100") == 1
+    assert "this fits: --activation_checkpointing auto without --micro_batch_size: peak" in capsys.readouterr().out
     assert plan(*big, "--gpu", "3GB") == 1
     assert "nothing that can be switched makes it fit" in capsys.readouterr().out
+
+    dq, r256 = {"--quantize": "bnb.nf4-dq"}, ("--lora_r", "256", "--lora_alpha", "512", "--lora_mlp", "true")
+    mixed = {"--quantize": "bnb.nf4-dq", "--lora_dtype": "bfloat16"}
+    for flags, gpu, wanted in (
+        ((), "12GB", dq),
+        (("--precision", "32-true"), "24GB", {"--precision": "bf16-true"}),
+        (("--precision", "32-true"), "6GB", dq),
+        ((*r256, "--optimizer", "sgd"), "8GB", mixed),
+        ((*r256, "--lora_head", "true"), "6GB", dq | {"--lora_r": 64, "--lora_alpha": 128.0}),
+        (("--max_seq_length", "90"), "5.2GB", {}),
+    ):
+        assert plan(*big, *flags, "--gpu", gpu, "--json", "true") == 1, (flags, gpu)
+        found = json.loads(capsys.readouterr().out)
+        assert found["fits"] is False
+        assert wanted.items() <= found["proposal"]["flags"].items(), (flags, gpu, found["proposal"])
+        assert found["proposal"]["peak"] <= found["gpu"] < found["peak"]
+        pasted = [part for flag in found["proposal"]["flags"].items() for part in map(str, flag)]
+        assert plan(*big, *flags, *pasted, "--gpu", gpu, "--json", "true") == 0, pasted
+        assert json.loads(capsys.readouterr().out)["peak"] <= found["gpu"]
+        for name in found["proposal"]["flags"]:  # nothing is given up that need not be
+            if name not in ("--lora_alpha", "--on_overlong"):
+                place = pasted.index(name)
+                fewer = pasted[:place] + pasted[place + 2 :]
+                assert plan(*big, *flags, *fewer, "--gpu", gpu, "--json", "true") == 1, (name, pasted)
+                capsys.readouterr()
 
 
 @pytest.mark.parametrize("size", ["lots", "0GB", "24TB", ""])

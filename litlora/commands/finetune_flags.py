@@ -27,11 +27,11 @@ class Args(DataArgs):
         devices: how many; 1 for now
         learning_rate: peak of the schedule
         batch_size: examples per optimizer step
-        micro_batch_tokens: tokens per micro-batch; as many as the free memory holds without it
+        micro_batch_tokens: tokens per micro-batch; auto: as many as the free memory holds and the card makes use of
         micro_batch_size: examples per micro-batch, instead of micro_batch_tokens
         activation_checkpointing: what the backward pass works out again instead of keeping it: none; selective: norms
-            and SwiGLU; full: every block, full:20 the first 20; offload: full, with the blocks' inputs in the host's
-            memory; auto: the fastest that fits
+            and SwiGLU; full: every block (full:20: the first 20, of the others as selective); offload, offload:20: so,
+            with the blocks' inputs in the host's memory; auto: the fastest that fits
         epochs: passes over the data
         max_steps: optimizer steps at most
         weight_decay: AdamW's or SGD's, on all adapter weights
@@ -79,7 +79,7 @@ class Args(DataArgs):
     devices: int = 1
     learning_rate: float = 3e-4
     batch_size: int = 128
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: int | Literal["auto"] = "auto"
     micro_batch_size: int | None = None
     activation_checkpointing: str = "auto"
     epochs: int = 1
@@ -118,6 +118,11 @@ class Args(DataArgs):
     overwrite: bool = False
     dry_run: bool = False
 
+    @property
+    def tokens(self) -> int | None:
+        """Of --micro_batch_tokens; None for auto."""
+        return None if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
+
 
 def check_flags(args: Args) -> None:
     """Raises InputError for flags out of range."""
@@ -126,7 +131,8 @@ def check_flags(args: Args) -> None:
         "max_bad_steps",
     ):  # fmt: skip
         require(name, getattr(args, name), getattr(args, name) >= 1, "at least 1")
-    for name in ("max_steps", "micro_batch_tokens", "micro_batch_size", "max_seq_length", "early_stopping_patience"):
+    require("micro_batch_tokens", args.micro_batch_tokens, args.tokens is None or args.tokens >= 1, "at least 1")
+    for name in ("max_steps", "micro_batch_size", "max_seq_length", "early_stopping_patience"):
         value = getattr(args, name)
         require(name, value, value is None or value >= 1, "at least 1")
     for name in ("warmup_steps", "weight_decay"):
@@ -137,7 +143,7 @@ def check_flags(args: Args) -> None:
     require("devices", args.devices, args.devices == 1, "1: several GPUs are not supported yet")
     seconds_of(args.max_time)
     require_loggers(args.logger)
-    if args.micro_batch_tokens is not None and args.micro_batch_size is not None:
+    if args.tokens is not None and args.micro_batch_size is not None:
         raise InputError("two sizes of a micro-batch", got="--micro_batch_tokens and --micro_batch_size", wanted="one")
 
 

@@ -154,8 +154,9 @@ def kept_of(args: Args, base: Base) -> Kept | None:
 
 def fit_micro_batch(job: Job, memory: float | None) -> MicroBatch:
     """How steps are cut on a GPU with `memory` bytes for the run; None for a CPU."""
-    rows, longest = job.args.micro_batch_size, job.data.longest
-    tokens = rows * longest if rows else job.args.micro_batch_tokens
+    longest, tokens = job.data.longest, job.args.tokens
+    if job.args.micro_batch_size:  # packs of so many rows do not depend on a number of tokens
+        tokens = int(job.data.dataset.lengths[largest_pack(job, MicroBatch(longest))].sum())
     return choose_micro_batch(recipe_of(job), longest, memory, kept_of(job.args, job.base), tokens)
 
 

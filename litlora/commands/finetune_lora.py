@@ -26,11 +26,12 @@ from litlora.commands.finetune_job import (
 from litlora.commands.finetune_report import Measures
 from litlora.commands.finetune_training import Training
 from litlora.commands.models import explained_memory
+from litlora.commands.proposals import out_of_memory
 from litlora.errors import InputError
 from litlora.load import load_model
 from litlora.loggers import Loggers
 from litlora.lora import adapt, lora_modules, lora_parameters
-from litlora.memory import MicroBatch, out_of_memory, usable_memory
+from litlora.memory import MicroBatch, usable_memory
 from litlora.metrics import Progress, reset_peak_memory, say
 from litlora.model import CausalLoss, Decoder
 from litlora.ops import fastest
@@ -109,7 +110,7 @@ def set_up(job: Job, fabric: Fabric, decoder: Decoder) -> Training:
     micro = choose_micro(job)
     decoder.kept = micro.kept
     settings = job.conditions.settings | {
-        "micro_batch_tokens": None if args.micro_batch_size else micro.tokens,
+        "micro_batch_tokens": "auto" if args.micro_batch_size else micro.tokens,
         "activation_checkpointing": micro.kept.text(job.base.config.num_hidden_layers),
         "resume_override": False,  # it was meant for this once
     }
@@ -139,7 +140,7 @@ def choose_micro(job: Job) -> MicroBatch:
     micro, kept = job.checkpoint.chosen(MicroBatch), kept_of(job.args, job.base)
     if kept is not None:
         micro = replace(micro, policy=kept.policy, blocks=kept.blocks)
-    return replace(micro, tokens=job.args.micro_batch_tokens or micro.tokens)
+    return replace(micro, tokens=job.args.tokens or micro.tokens)
 
 
 def say_micro_batches(job: Job, micro: MicroBatch, largest: list[int]) -> None:
@@ -205,19 +206,12 @@ def first_record(job: Job) -> Record:
 
 
 def memory_advice(training: Training) -> InputError:
-    """What filled the GPU, and the cheapest flag that takes less."""
+    """What filled the GPU, and flags that take less."""
     job, decoder = training.job, training.decoder
     adapter = sum(p.numel() * p.element_size() for p in lora_parameters(decoder))
     everything = sum(p.numel() * p.element_size() for p in decoder.parameters())
-    return out_of_memory(
-        weights=everything - adapter,
-        adapter=4 * adapter,  # itself, its gradient, AdamW's two moments
-        micro=training.micro,
-        micro_batch_size=job.args.micro_batch_size,
-        longest=job.data.longest,
-        quantize=job.args.quantize,
-        device=job.device,
-    )
+    # with its gradient and AdamW's two moments
+    return out_of_memory(job, training.micro, weights=everything - adapter, adapter=4 * adapter)
 
 
 def make_deterministic(deterministic: bool) -> None:

@@ -29,7 +29,7 @@ FIXED = frozenset(
 RESTARTED = frozenset(["optimizer", "lora_dtype"])  # of these, an adapter to start from decides nothing
 LENGTH = frozenset(["epochs", "max_steps"])  # harmless where the learning rate does not depend on the number of steps
 DATA = frozenset("data multiturn prompt_style mask_prompt max_seq_length on_overlong val_split seed".split())
-AUTO = {"micro_batch_tokens": None, "activation_checkpointing": "auto"}  # then the checkpoint's choice holds
+AUTO = {"micro_batch_tokens": "auto", "activation_checkpointing": "auto"}  # then the checkpoint's choice holds
 
 
 def machine(device: torch.device) -> dict[str, str]:

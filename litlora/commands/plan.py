@@ -22,15 +22,17 @@ from litlora.commands.finetune_job import (
     recipe_of,
     step_packs,
 )
+from litlora.commands.proposals import Proposal, propose
 from litlora.errors import InputError
 from litlora.load import parameter_count
 from litlora.memory import SPARE, Footprint, MicroBatch, usable_memory
 from litlora.metrics import duration
-from litlora.pace import Card, choose_micro_batch, seconds_of_run
+from litlora.pace import Card, seconds_of_run
 
 CONTEXT = 0.6e9  # bytes of a card that CUDA itself takes
 NAMES = {
-    "weights": "frozen weights, with quantization constants",
+    "weights": "frozen weights",
+    "constants": "constants of their quantization",
     "adapter": "adapter, with its copy in 16 bit",
     "gradients": "its gradients",
     "optimizer": "optimizer",
@@ -55,8 +57,8 @@ class Args(finetune_flags.Args):
 
 
 def run(args: Args, given: frozenset[str] = frozenset()) -> None:
-    """Prints the plan on stdout. Raises InputError, and SystemExit(1) where no setting fits."""
-    memory = bytes_of(args.gpu) * (1 - SPARE) - CONTEXT if args.gpu is not None else usable_memory(cuda())
+    """Prints the plan on stdout. Raises InputError, and SystemExit(1) where the run does not fit."""
+    memory = usable_of(args.gpu) if args.gpu is not None else usable_memory(cuda())
     flags = {"dry_run": True, "accelerator": "cpu", "precision": args.precision or "bf16-true", "resume": None}
     job = prepare(replace(args, **flags), given)  # type: ignore[arg-type]
     # without a card to plan for, as one that holds everything
@@ -65,9 +67,10 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     card = Card.measured(cuda()) if args.gpu is None else None
     plan["seconds"] = None if card is None else expected_seconds(job, micro, card)
     if plan["fits"] is False:
-        plan["proposal"] = next((proposal for proposal in proposals(job, memory)), None)
+        assert memory is not None
+        plan["proposal"] = as_json(propose(job, memory), job)
     print(json.dumps(plan) if args.json else "\n".join(text(plan)))
-    if plan["fits"] is False and plan["proposal"] is None:
+    if plan["fits"] is False:
         raise SystemExit(1)
 
 
@@ -81,6 +84,23 @@ def bytes_of(size: str) -> float:
     if found is None or not float(found[1]):
         raise InputError("not a size of memory", where="--gpu", got=size, wanted="such as 24GB")
     return float(found[1]) * (2**30 if found[2].lower() == "gib" else 1e9)
+
+
+def usable_of(size: str) -> float:
+    """Bytes that a run may have of a card. Raises InputError."""
+    memory = bytes_of(size) * (1 - SPARE) - CONTEXT
+    if memory <= 0:
+        raise InputError("a card on which nothing is left for a run", where="--gpu", got=size,
+                         wanted=f"more than {CONTEXT / 1e9:.1f} GB, which CUDA itself takes")  # fmt: skip
+    return memory
+
+
+def as_json(proposal: Proposal | None, job: Job) -> dict[str, Any] | None:
+    if proposal is None:
+        return None
+    kept = proposal.micro.describe(job.base.config.num_hidden_layers)
+    return {"flags": proposal.flags, "without": proposal.without, "text": proposal.text(), "peak": proposal.peak,
+            "micro_batch_tokens": proposal.micro.tokens, "kept": kept}  # fmt: skip
 
 
 def expected_seconds(job: Job, micro: MicroBatch, card: Card) -> float:
@@ -118,29 +138,6 @@ def describe(job: Job, footprint: Footprint, micro: MicroBatch, memory: float | 
     }
 
 
-def proposals(job: Job, memory: float | None) -> Iterator[dict[str, Any]]:
-    """Flags under which the run fits, those that cost least first."""
-    assert memory is not None
-    steps: list[dict[str, Any]] = [
-        {"activation_checkpointing": "auto", "micro_batch_tokens": None, "micro_batch_size": None},
-        {"quantize": "bnb.nf4-dq"},
-        {"lora_dtype": "bfloat16", "optimizer": "adamw_8bit"},
-        *({"max_seq_length": length} for length in (2048, 1024, 512, 256) if length < job.data.longest),
-    ]
-    changes: dict[str, Any] = {}
-    for more in steps:
-        changes |= {name: value for name, value in more.items() if getattr(job.args, name) != value}
-        longest = min(job.data.longest, changes.get("max_seq_length") or job.data.longest)
-        recipe = recipe_of(replace(job, args=replace(job.args, **changes)))
-        micro = choose_micro_batch(recipe, longest, memory)
-        peak = recipe.footprint(micro).peak
-        if changes and peak <= memory:
-            given = {f"--{name}": value for name, value in changes.items() if value is not None}
-            dropped = [f"--{name}" for name, value in changes.items() if value is None]
-            yield {"flags": given, "without": dropped, "peak": peak, "micro_batch_tokens": micro.tokens,
-                   "kept": micro.describe(job.base.config.num_hidden_layers)}  # fmt: skip
-
-
 def text(plan: dict[str, Any]) -> Iterator[str]:
     yield (
         f"model: {plan['model']}: {plan['parameters']:,} parameters, {plan['quantize'] or 'not quantized'}, "
@@ -162,14 +159,14 @@ def text(plan: dict[str, Any]) -> Iterator[str]:
         yield f"{fits} into the {plan['gpu'] / 1e9:.2f} GB that a run may use there"
     if plan.get("proposal"):
         proposal = plan["proposal"]
-        flags = " ".join(f"{flag} {value}" for flag, value in proposal["flags"].items())
-        dropped = f" without {', '.join(proposal['without'])}" if proposal["without"] else ""
         yield (
-            f"this fits: {flags}{dropped}: peak {proposal['peak'] / 1e9:.2f} GB, micro-batches of "
+            f"this fits: {proposal['text']}: peak {proposal['peak'] / 1e9:.2f} GB, micro-batches of "
             f"{proposal['micro_batch_tokens']:,} tokens, {proposal['kept']}"
         )
     elif plan["fits"] is False:
         yield "nothing that can be switched makes it fit: a smaller model"
     if plan["seconds"] is not None:
         yield f"time: about {duration(plan['seconds'])} of training on this card"
+    else:
+        yield "time: said on the machine that has the card, without --gpu"
     yield f"disk: {plan['disk'] / 1e6:,.0f} MB in --out_dir"
