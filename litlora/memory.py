@@ -51,8 +51,10 @@ class MicroBatch:
         """What is kept, for people."""
         if self.policy in ("none", "selective"):
             return {"none": "everything kept", "selective": "norms and SwiGLU recomputed"}[self.policy]
-        which = "all blocks" if self.blocks == layers else f"{self.blocks} of {layers} blocks"
-        return f"{which} recomputed" + (", their inputs in the host's memory" if self.policy == "offload" else "")
+        inputs = ", their inputs in the host's memory" if self.policy == "offload" else ""
+        if self.blocks == layers:
+            return f"all blocks recomputed{inputs}"
+        return f"{self.blocks} of {layers} blocks recomputed{inputs}, of the others norms and SwiGLU"
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 import weakref
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from litlora import checkpoint, frozen
 from litlora.config import ModelConfig
 from litlora.errors import InputError
-from litlora.frozen import FOUR_BIT, QUANTIZERS, Dense, FourBit, FourBitLinear, FrozenLinear, make_quantizer
+from litlora.frozen import FOUR_BIT, QUANTIZERS, Dense, FourBit, FourBitLinear, Fp8Linear, FrozenLinear, make_quantizer
 from litlora.load import Directory, RandomWeights, expected_shapes, load_model
 from litlora.sequences import Packed
 
@@ -140,6 +145,50 @@ def test_a_cast_moves_but_never_rounds(name: str) -> None:
         assert linear.absmax.dtype == (torch.uint8 if linear.nested else torch.float32)
     meta = linear.to("meta")
     assert {p.device.type for p in meta.parameters()} == {"meta"}
+
+
+class Widest(TorchDispatchMode):
+    """The most fp32 bytes of any one tensor that an operation gave."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype == torch.float32:
+            self.bytes = max(self.bytes, out.nbytes)
+        return out
+
+
+def test_fp8_never_holds_a_whole_weight_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantized head of 128,256 words would take more while it is loaded than the run that follows."""
+    weight = torch.randn(300, 64, dtype=torch.bfloat16)
+    whole = Fp8Linear(weight, None, torch.bfloat16)
+    monkeypatch.setattr(frozen, "FP8_SLICE", 64 * 70)
+    with Widest() as widest:
+        sliced = Fp8Linear(weight, None, torch.bfloat16)
+    assert widest.bytes == 70 * 64 * 4
+    assert torch.equal(sliced.weight.view(torch.uint8), whole.weight.view(torch.uint8))
+    assert torch.equal(sliced.scales, whole.scales)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_a_tied_embedding_is_compared_without_reading_either(
+    same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw: dict[str, object] = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
+    raw |= {"num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": True}
+    tensors = {name: torch.randn(shape) for name, shape in expected_shapes(ModelConfig.from_dict(raw)).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += not same
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    monkeypatch.setattr(checkpoint, "PIECE", 100)
+    monkeypatch.setattr(checkpoint.Checkpoint, "read", None)
+    if same:
+        Directory.open(tmp_path)
+    else:
+        with pytest.raises(InputError, match="two different tensors"):
+            Directory.open(tmp_path)
 
 
 def test_fp8_rounds_each_row_by_its_own_scale_and_keeps_one_copy() -> None:

@@ -14,7 +14,7 @@ from kernel_device import CUDA, DEVICE, MARKS
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
-from litlora.frozen import DenseLinear, FrozenLinear, make_quantizer
+from litlora.frozen import QUANTIZERS, DenseLinear, FrozenLinear, make_quantizer
 from litlora.load import RandomWeights, load_model
 from litlora.lora import FLAG_TARGETS, LoRA, LoRALinear, adapt, lora_modules, lora_parameters
 from litlora.model import CausalLoss, Decoder
@@ -420,7 +420,10 @@ EVERYTHING = tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)
     "targets", [("q_proj", "v_proj"), EVERYTHING, ("o_proj",), ("down_proj", "k_proj"), ("lm_head",)]
 )
 @pytest.mark.parametrize("kept", [Kept(), Kept("selective"), Kept("full", 1), Kept("offload", 2)])
-def test_the_whole_step_is_the_reference_step(family: str, targets: tuple[str, ...], kept: Kept) -> None:
+def test_the_whole_step_is_the_reference_step(
+    family: str, targets: tuple[str, ...], kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "TILE", 40)  # of 126 tokens: 32, 32, 32 and 30, where the MLP is recomputed
     if family == "mistral" and CUDA and torch.__version__ < "2.10":
         pytest.skip("no windows in this torch's varlen attention")
     config, lora = config_of(**FAMILIES[family]), LoRA(8, 16, 0.0, targets)
@@ -440,7 +443,7 @@ def test_the_whole_step_is_the_reference_step(family: str, targets: tuple[str, .
         assert far(gradients, truth[1]) <= 1.2 * far(plain[1], truth[1]) + 1e-3
 
 
-@pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"] if CUDA else [None])
+@pytest.mark.parametrize("quantize", [None, *QUANTIZERS] if CUDA else [None])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_whatever_is_kept_gives_the_same_bits(quantize: str | None, dropout: float) -> None:
     dtype = torch.bfloat16 if CUDA else torch.float32
@@ -461,12 +464,12 @@ def test_whatever_is_kept_gives_the_same_bits(quantize: str | None, dropout: flo
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"] if CUDA else [None])
 def test_an_mlp_in_tiles_has_the_dropout_of_the_whole(quantize: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for tile in (1000, 30):
+    for tile in (1000, 30):  # of 97 tokens: 25, 25, 25 and 22
         monkeypatch.setattr(reference, "TILE", tile)
         model, decoder = model_of(FUSED, torch.float32, config_of(), LoRA(8, 16, 0.3, EVERYTHING), quantize)
         decoder.kept = Kept("full", 2)
         torch.manual_seed(11)
-        results.append(loss_and_gradients(model, decoder, batch_of([30, 70])))
+        results.append(loss_and_gradients(model, decoder, batch_of([30, 67])))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=0)
     assert far(results[1][1], results[0][1]) < 1e-4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
-from litlora.frozen import make_quantizer
+from litlora.frozen import QUANTIZERS, make_quantizer
 from litlora.load import RandomWeights, load_model
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_parameters
 from litlora.model import CausalLoss
@@ -162,19 +163,19 @@ def batch_of(lengths: list[int], vocab: int = V) -> Batch:
     return Batch(ids, labels, kept, packed.positions, packed.cu_seqlens, packed.max_seqlen, rows)
 
 
-@pytest.mark.parametrize("logits_rows", [4, 10**6])
-@pytest.mark.parametrize("quantize", [None, "bnb.nf4-dq", "fp8"])
-@pytest.mark.parametrize("kept", [Kept("selective"), Kept("full", 1), Kept("full", 2), Kept("offload", 2)])
-def test_whatever_is_kept_gives_the_same_loss_and_gradients_under_dropout(
-    monkeypatch: pytest.MonkeyPatch, logits_rows: int, kept: Kept, quantize: str | None
+EVERYTHING = tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)
+LESS = [Kept("selective"), Kept("full", 1), Kept("full", 2), Kept("offload", 2)]
+
+
+def hold_to_plain(
+    kept: Kept, config: ModelConfig, quantize: str | None, targets: tuple[str, ...], *, quantize_head: bool = False
 ) -> None:
-    monkeypatch.setattr(reference, "LOGITS_BYTES", logits_rows * 4 * V)
+    """The same bits of loss and gradients as where everything is kept, under dropout."""
     torch.manual_seed(0)
-    decoder = load_model(
-        RandomWeights(small_config(), torch.float32), make_quantizer(quantize, torch.float32, torch.device("cpu")),
-        dtype=torch.float32, device="cpu",
-    )  # fmt: skip
-    adapt(decoder, LoRA(r=4, dropout=0.3, targets=tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)))
+    quantizer = make_quantizer(quantize, torch.float32, torch.device("cpu"))
+    weights = RandomWeights(config, torch.float32)
+    decoder = load_model(weights, quantizer, dtype=torch.float32, device="cpu", quantize_head=quantize_head)
+    adapt(decoder, LoRA(r=4, dropout=0.3, targets=targets))
     for parameter in lora_parameters(decoder):
         nn.init.normal_(parameter, std=0.2)
     loss, batch = CausalLoss(decoder.train()), batch_of([5, 9, 2])
@@ -189,6 +190,42 @@ def test_whatever_is_kept_gives_the_same_loss_and_gradients_under_dropout(
     assert torch.equal(plain, again)
     assert all(torch.equal(a, b) for a, b in zip(gradients, recomputed, strict=True))
     assert not torch.equal(plain, run(kept, 2)[0]), "dropout was off: nothing was tested"
+
+
+@pytest.mark.parametrize("logits_rows", [4, 10**6])
+@pytest.mark.parametrize("kept", LESS)
+def test_whatever_is_kept_gives_the_same_loss_and_gradients_under_dropout(
+    monkeypatch: pytest.MonkeyPatch, logits_rows: int, kept: Kept
+) -> None:
+    monkeypatch.setattr(reference, "LOGITS_BYTES", logits_rows * 4 * V)
+    hold_to_plain(kept, small_config(), None, EVERYTHING)
+
+
+@pytest.mark.parametrize("kept", LESS)
+@pytest.mark.parametrize("flag", FLAG_TARGETS)
+def test_whatever_is_kept_for_each_target_alone(flag: str, kept: Kept) -> None:
+    hold_to_plain(kept, small_config(), None, FLAG_TARGETS[flag])
+
+
+@pytest.mark.parametrize("kept", LESS)
+@pytest.mark.parametrize(
+    ("quantize", "quantize_head"), [(None, False), *itertools.product(QUANTIZERS, (False, True))], ids=str
+)
+@pytest.mark.parametrize(
+    "family",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen3"},
+        {"model_type": "mistral", "sliding_window": 4},
+    ],
+    ids=str,
+)
+def test_whatever_is_kept_in_every_family_and_format(
+    family: dict[str, object], quantize: str | None, quantize_head: bool, kept: Kept
+) -> None:
+    hold_to_plain(kept, small_config(**family), quantize, EVERYTHING, quantize_head=quantize_head)
 
 
 def test_rms_norm_and_rope_keep_the_dtype_of_x() -> None:
