@@ -193,7 +193,7 @@ def stepper(model: Decoder, config: ModelConfig, rows: int, context: int, device
     for row in range(rows):
         assert engine.admit(row, context + 150, 0)
     state = State(engine.width, config.vocab_size, Sampling(), device)
-    state.upload([(context, row, 0, 1) for row in range(rows)])
+    state.upload([(context, 0, row, 1) for row in range(rows)])
     lengths = [context] * rows
     engine.settle(list(range(rows)), lengths)
 

@@ -212,7 +212,7 @@ class _Rows:
         self.live += rows
         for row in rows:
             self.cached[row] = len(self.ids[row])
-        self.upload()
+        self.upload(joining=set(rows))
         for slot, row in enumerate(rows, slots.start):
             self.state.look_at(slot, self.ids[row])
         hidden = torch.cat([self.last_hidden(group) for group in self.groups(rows)])
@@ -264,9 +264,10 @@ class _Rows:
             self.cached[row] += 1
         return self.reading(self.live, slice(0, len(self.live)))
 
-    def upload(self) -> None:
-        """What the host knows of the live rows, in slot order."""
-        numbers = [(self.cached[row], self.streams[row], self.chosen[row], 1) for row in self.live]
+    def upload(self, joining: Collection[int] = ()) -> None:
+        """What the host knows of the live rows, in slot order; `joining`: whose newest token is its prompt's."""
+        positions = {row: self.cached[row] - (row in joining) for row in self.live}
+        numbers = [(positions[row], self.chosen[row], self.streams[row], 1) for row in self.live]
         self.state.upload(numbers)
         self.engine.settle(self.live, [self.cached[row] for row in self.live])
         self.stale = False

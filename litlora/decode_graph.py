@@ -126,9 +126,7 @@ class Captured:
 
     def run(self, size: int, state: State) -> None:
         slots = slice(0, size)
-        logits = self.forwards[size](state)
-        state.positions[slots] += state.alive[slots]
-        state.choose(logits, slots)
+        state.choose(self.forwards[size](state), slots)
 
     def capture(self, size: int, state: State) -> None:
         if self.pool is None:

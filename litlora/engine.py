@@ -24,9 +24,9 @@ class State:
         self.sampling, self.vocabulary, self.device = sampling, vocabulary, device
         self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)  # each row's newest
         self.numbers = torch.zeros(4, slots, dtype=torch.int64, device=device)
-        # the next token's position; a row's random stream; its tokens so far; 1, or 0 for a slot that only fills a
+        # the newest token's position; a row's tokens so far; its random stream; 1, or 0 for a slot that only fills a
         # captured graph's shape
-        self.positions, self.streams, self.steps, self.alive = self.numbers.unbind()
+        self.positions, self.steps, self.streams, self.alive = self.numbers.unbind()
         self.seen: Tensor | None = None  # (slots, V) bool: what a repetition penalty must know
         if sampling.repetition_penalty != 1.0:
             self.seen = torch.zeros(slots, vocabulary, dtype=torch.bool, device=device)
@@ -52,11 +52,11 @@ class State:
             self.seen[slot].index_fill_(0, on_device(ids, self.device), True)
 
     def choose(self, logits: Tensor, slots: slice) -> None:
-        """The next token of each of `slots`, from logits (B, V or more)."""
-        seen = None if self.seen is None else self.seen[slots]
-        tokens = self.sampling.choose(logits[:, : self.vocabulary], seen, self.streams[slots], self.steps[slots])
-        self.tokens[slots] = tokens
-        self.steps[slots] += self.alive[slots]
+        """The next token of each of `slots`, from logits (B, V or more): from now on the newest one."""
+        seen, tokens = None if self.seen is None else self.seen[slots], self.tokens[slots]
+        chosen = logits[:, : self.vocabulary]
+        self.sampling.choose(chosen, seen, self.streams[slots], self.steps[slots], tokens)
+        self.numbers[:2, slots] += self.alive[slots]
         if seen is not None:
             seen.scatter_(1, tokens.clamp(min=0)[:, None], True)
 
@@ -126,5 +126,4 @@ class Eager:
         count = len(lengths)
         positions = state.positions[:count]
         hidden = self.model(state.inputs(count), Decode(self.cache, positions, lengths, self.spacing))
-        positions += 1
         state.choose(self.model.lm_head(hidden), slice(0, count))

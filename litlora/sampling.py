@@ -52,18 +52,22 @@ class Sampling:
             if not fine:
                 raise InputError(f"--{name} is out of range", got=value, wanted=wanted)
 
-    def choose(self, logits: Tensor, seen: Tensor | None, streams: Tensor, steps: Tensor) -> Tensor:
-        """logits (B, V), seen (B, V) bool (needed for a repetition penalty), streams and steps (B,) int64 -> (B,).
+    def choose(
+        self, logits: Tensor, seen: Tensor | None, streams: Tensor, steps: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """logits (B, V), seen (B, V) bool (needed for a repetition penalty), streams and steps (B,) int64 -> (B,) ids.
 
-        NOT_FINITE for a row whose best logit is not a number or infinite.
+        NOT_FINITE for a row whose best logit is not a number or infinite. Written into `out` where that is given.
         """
+        out = torch.empty_like(steps) if out is None else out
         kernel = _kernel(logits.device)
         if kernel is None or (self.temperature > 0 and self.top_p is not None and self.top_p < 1):
-            return self.choose_by_torch(logits, seen, streams, steps)
+            return out.copy_(self.choose_by_torch(logits, seen, streams, steps))
         if seen is not None and self.repetition_penalty != 1.0:
             logits = self.penalized(logits.float(), seen)
         mixed_seed = _signed(_mixed_int(self.seed))
-        return kernel(logits, streams, steps, temperature=self.temperature, top_k=self.top_k, mixed_seed=mixed_seed)
+        kernel(logits, streams, steps, out, temperature=self.temperature, top_k=self.top_k, mixed_seed=mixed_seed)
+        return out
 
     def choose_by_torch(self, logits: Tensor, seen: Tensor | None, streams: Tensor, steps: Tensor) -> Tensor:
         """What `choose` gives, by tensor operations alone."""
@@ -100,7 +104,7 @@ class Sampling:
 
 
 @cache
-def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
+def _kernel(device: torch.device) -> Callable[..., None] | None:
     """What chooses in one kernel, where that runs."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return None

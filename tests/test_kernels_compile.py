@@ -156,6 +156,8 @@ def test_sampling(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
         (5, torch.bfloat16, 0.8, None),
     ):  # fmt: skip
         logits = meta(4, size + 64, dtype=dtype)[:, :size]
-        sampling_kernels.choose(logits, numbers, numbers, temperature=temperature, top_k=top_k, mixed_seed=-(2**62))
+        sampling_kernels.choose(
+            logits, numbers, numbers, numbers, temperature=temperature, top_k=top_k, mixed_seed=-(2**62)
+        )
     assert len(made) == 4
     assert max(kernel.metadata.shared for kernel in made) <= SHARED[capability]

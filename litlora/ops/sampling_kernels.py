@@ -134,14 +134,14 @@ def _choose(
 
 
 def choose(
-    logits: Tensor, streams: Tensor, steps: Tensor, *, temperature: float, top_k: int | None, mixed_seed: int
-) -> Tensor:
-    """logits (B, V), whose rows may be strided; streams and steps (B,) int64 -> (B,) int64, -1 for a row whose best
-    logit is not a number or infinite. V up to 2**20; `mixed_seed`: int64."""
+    logits: Tensor, streams: Tensor, steps: Tensor, tokens: Tensor, *, temperature: float, top_k: int | None,
+    mixed_seed: int,
+) -> None:  # fmt: skip
+    """logits (B, V), whose rows may be strided; streams and steps (B,) int64 -> tokens (B,) int64, -1 for a row whose
+    best logit is not a number or infinite. V up to 2**20; `mixed_seed`: int64."""
     rows, size = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     block = min(BLOCK, int(triton.next_power_of_2(size)))
     inverse = min(max(1 / temperature, 1e-38), 3e38) if temperature else 0.0  # an fp32 that is neither 0 nor infinite
     k = top_k if top_k and top_k < size else 0
@@ -151,4 +151,3 @@ def choose(
         spare=SPARE_BITS.get(logits.dtype, 0), chunks=int(triton.next_power_of_2(triton.cdiv(size, block))),
         block=block, num_warps=max(1, min(WARPS, block // 256)),
     )  # fmt: skip
-    return tokens
