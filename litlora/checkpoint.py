@@ -57,17 +57,17 @@ class TensorInfo:
             _pread_into(self.file, buffer.numpy().data, self.offset)
         return buffer.view(self.dtype).view(self.shape)
 
-    def pieces(self) -> Iterator[bytes]:
-        """Its bytes, PIECE at a time."""
-        for start in range(0, self.nbytes, PIECE):
-            out = bytearray(min(PIECE, self.nbytes - start))
-            _pread_into(self.file, memoryview(out), self.offset + start)
-            yield bytes(out)
+    def same(self, other: TensorInfo) -> bool:
+        """Whether the two hold the same, byte for byte; neither is read as a whole."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        starts = range(0, self.nbytes, PIECE)
+        return all(self.piece(start, PIECE) == other.piece(start, PIECE) for start in starts)
 
-    def head(self, nbytes: int) -> bytes:
-        """The first `nbytes` bytes."""
-        out = bytearray(min(nbytes, self.nbytes))
-        _pread_into(self.file, memoryview(out), self.offset)
+    def piece(self, start: int, nbytes: int) -> bytes:
+        """As many bytes from `start` on, or as there are."""
+        out = bytearray(min(nbytes, self.nbytes - start))
+        _pread_into(self.file, memoryview(out), self.offset + start)
         return bytes(out)
 
 
@@ -217,13 +217,6 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         return self.tensors[name].read()
 
-    def equal(self, name: str, other: str) -> bool:
-        """Whether two tensors are the same, byte for byte; neither is read as a whole."""
-        one, two = self.tensors[name], self.tensors[other]
-        if (one.dtype, one.shape) != (two.dtype, two.shape):
-            return False
-        return all(a == b for a, b in zip(one.pieces(), two.pieces(), strict=True))
-
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over names, dtypes, shapes and the first 4 KiB of every tensor: tells two bases of one shape apart
@@ -232,7 +225,7 @@ class Checkpoint:
         for name in sorted(self.tensors):
             info = self.tensors[name]
             digest.update(f"{name} {DTYPE_NAMES[info.dtype]} {list(info.shape)}\n".encode())
-            digest.update(info.head(4096))
+            digest.update(info.piece(0, 4096))
         return digest.hexdigest()
 
 

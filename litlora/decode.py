@@ -211,8 +211,8 @@ class _Rows:
         slots = slice(len(self.live), len(self.live) + len(rows))
         self.live += rows
         for row in rows:
-            self.cached[row] = len(self.ids[row])
-        self.upload(joining=set(rows))
+            self.cached[row] = len(self.ids[row]) - 1  # but for the newest, as between two steps
+        self.upload()
         for slot, row in enumerate(rows, slots.start):
             self.state.look_at(slot, self.ids[row])
         hidden = torch.cat([self.last_hidden(group) for group in self.groups(rows)])
@@ -260,14 +260,11 @@ class _Rows:
         if self.stale:
             self.upload()
         self.engine.step(self.state, [self.cached[row] for row in self.live])
-        for row in self.live:
-            self.cached[row] += 1
         return self.reading(self.live, slice(0, len(self.live)))
 
-    def upload(self, joining: Collection[int] = ()) -> None:
-        """What the host knows of the live rows, in slot order; `joining`: whose newest token is its prompt's."""
-        positions = {row: self.cached[row] - (row in joining) for row in self.live}
-        numbers = [(positions[row], self.chosen[row], self.streams[row], 1) for row in self.live]
+    def upload(self) -> None:
+        """What the host knows of the live rows, in slot order."""
+        numbers = [(self.cached[row], self.chosen[row], self.streams[row], 1) for row in self.live]
         self.state.upload(numbers)
         self.engine.settle(self.live, [self.cached[row] for row in self.live])
         self.stale = False
@@ -275,6 +272,7 @@ class _Rows:
     def reading(self, rows: Sequence[int], slots: slice) -> _Reading:
         for row in rows:
             self.left[row] -= 1
+            self.cached[row] += 1
             self.chosen[row] += 1
         return _Reading(rows, self.state.tokens[slots])
 

@@ -54,8 +54,7 @@ class State:
     def choose(self, logits: Tensor, slots: slice) -> None:
         """The next token of each of `slots`, from logits (B, V or more): from now on the newest one."""
         seen, tokens = None if self.seen is None else self.seen[slots], self.tokens[slots]
-        chosen = logits[:, : self.vocabulary]
-        self.sampling.choose(chosen, seen, self.streams[slots], self.steps[slots], tokens)
+        self.sampling.choose(logits[:, : self.vocabulary], seen, self.streams[slots], self.steps[slots], tokens)
         self.numbers[:2, slots] += self.alive[slots]
         if seen is not None:
             seen.scatter_(1, tokens.clamp(min=0)[:, None], True)

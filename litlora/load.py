@@ -47,8 +47,8 @@ class Directory:
         config, checkpoint = ModelConfig.load(path), Checkpoint(path)
         check_tensors(config, {name: info.shape for name, info in checkpoint.tensors.items()}, path)
         directory = cls(config, checkpoint)
-        both = config.tie_word_embeddings and "lm_head.weight" in checkpoint.tensors
-        if both and not checkpoint.equal("lm_head.weight", "model.embed_tokens.weight"):
+        head = checkpoint.tensors.get("lm_head.weight") if config.tie_word_embeddings else None
+        if head is not None and not head.same(checkpoint.tensors["model.embed_tokens.weight"]):
             raise InputError(
                 "the config ties the head to the embedding, but the checkpoint holds two different tensors",
                 where=path,

@@ -152,10 +152,7 @@ class Recipe:
     def weight_bytes(self) -> float:
         """On the GPU: embedding, norms, biases and, unless asked, the head stay in `dtype`."""
         config, item = self.config, self.dtype.itemsize
-        shapes = dict(config.linear_shapes)
-        head_out, head_in = shapes.pop("lm_head")
-        linears = config.num_hidden_layers * sum(o * i for o, i in shapes.values())
-        head = head_out * head_in
+        linears, head = self._weights
         rate = QUANTIZED[self.quantize] if self.quantize else item
         tied = config.tie_word_embeddings and not self.quantize_head
         dense = head + config.hidden_size * (2 * config.num_hidden_layers + 1)  # the embedding, the norms
@@ -164,12 +161,15 @@ class Recipe:
     @cached_property
     def constant_bytes(self) -> float:
         """Of `weight_bytes` what the quantization needs beside the weights."""
-        if self.quantize is None:
-            return 0.0
-        linears = {name: o * i for name, (o, i) in self.config.linear_shapes.items()}
-        head = linears.pop("lm_head")
-        weights = self.config.num_hidden_layers * sum(linears.values()) + head * self.quantize_head
-        return weights * CONSTANTS[self.quantize]
+        linears, head = self._weights
+        return (linears + head * self.quantize_head) * CONSTANTS[self.quantize] if self.quantize else 0.0
+
+    @cached_property
+    def _weights(self) -> tuple[int, int]:
+        """Of the blocks' linears, and of the head."""
+        shapes = {name: o * i for name, (o, i) in self.config.linear_shapes.items()}
+        head = shapes.pop("lm_head")
+        return self.config.num_hidden_layers * sum(shapes.values()), head
 
     @cached_property
     def adapter_parameters(self) -> int:
@@ -206,17 +206,18 @@ class Recipe:
 
     def _dequantized(self) -> float:
         shapes = [o * i for name, (o, i) in self.config.linear_shapes.items() if name != "lm_head"]
-        if self.quantize is None:
-            return 0.0
-        return 2 * max(shapes) * (1 if self.quantize == "fp8" else self.compute.itemsize)
+        return 2 * max(shapes) * self._wide if self.quantize else 0.0
+
+    @property
+    def _wide(self) -> int:
+        """Bytes of a weight while it is multiplied: widened, or in fp8 turned round."""
+        return 1 if self.quantize == "fp8" else self.compute.itemsize
 
     def _dequantized_head(self) -> float:
         """What it takes beyond a block's weight, which is not there at the same time."""
         if self.quantize is None or not self.quantize_head:
             return 0.0
-        out_features, in_features = self.config.linear_shapes["lm_head"]
-        head = out_features * in_features * (1 if self.quantize == "fp8" else self.compute.itemsize)
-        return max(0.0, head - self._dequantized())
+        return max(0.0, self._weights[1] * self._wide - self._dequantized())
 
 
 def usable_memory(device: torch.device) -> float | None:

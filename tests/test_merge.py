@@ -111,7 +111,7 @@ def logits(directory: Path, ids: Tensor) -> Tensor:
 
 
 def same_bytes(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    return a.tensors[name].head(1 << 40) == b.tensors[name].head(1 << 40)
+    return a.tensors[name].piece(0, 1 << 40) == b.tensors[name].piece(0, 1 << 40)
 
 
 LORAS: dict[str, tuple[str, dict[str, Any]]] = {

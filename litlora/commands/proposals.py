@@ -53,9 +53,8 @@ def propose(job: Job, memory: float) -> Proposal | None:
     taken: list[dict[str, Any]] = []
     for change in ({}, *_changes(job)):
         if taken and taken[-1].keys() == change.keys():
-            taken[-1] = change
-        else:
-            taken.append(change)
+            taken.pop()
+        taken += [change] if change else []
         found = _fitted(job, memory, own, taken)
         if found is None:
             continue

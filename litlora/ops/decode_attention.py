@@ -51,6 +51,16 @@ def _page(table, first, page: tl.constexpr, tile: tl.constexpr):
 
 
 @triton.jit
+def _tile_of(
+    keys, values, table, first, end, width, offset, page: tl.constexpr, tile: tl.constexpr, size: tl.constexpr
+):  # fmt: skip
+    """A head's keys and values (tile, D) of the tokens from `first` on, 0 from `end` on."""
+    place = _page(table, first, page, tile)[:, None] * width + offset + tl.arange(0, size)[None]
+    known = (first + tl.arange(0, tile) < end)[:, None]
+    return tl.load(keys + place, mask=known, other=0.0), tl.load(values + place, mask=known, other=0.0)
+
+
+@triton.jit
 def _alone(
     q, k, v, new, cos, sin, q_weight, k_weight, eps, keys, values, table, begin, end, lowest, width, head, scale,
     is_last, half: tl.constexpr, page: tl.constexpr, tile: tl.constexpr, norm: tl.constexpr, rotate: tl.constexpr,
@@ -65,15 +75,10 @@ def _alone(
     size: tl.constexpr = 2 * half
     slot, dim, pair = tl.arange(0, tile), tl.arange(0, size)[None], tl.arange(0, half)[None]
     one = tl.zeros((1, 1), tl.int32)
-    place = _page(table, begin, page, tile)[:, None] * width + head * size + dim
-    known = (begin + slot < end)[:, None]
-    next_key, next_value = tl.load(keys + place, mask=known, other=0.0), tl.load(values + place, mask=known, other=0.0)
+    next_key, next_value = _tile_of(keys, values, table, begin, end, width, head * size, page, tile, size)
     later_key, later_value = next_key, next_value
     if begin + tile < end:
-        place = _page(table, begin + tile, page, tile)[:, None] * width + head * size + dim
-        known = (begin + tile + slot < end)[:, None]
-        later_key = tl.load(keys + place, mask=known, other=0.0)
-        later_value = tl.load(values + place, mask=known, other=0.0)
+        later_key, later_value = _tile_of(keys, values, table, begin + tile, end, width, head * size, page, tile, size)
     if pdl:
         tl.extra.cuda.gdc_wait()
         # not earlier: the next kernel fetches its weights into the cache, through which the one before still reads
@@ -96,10 +101,7 @@ def _alone(
         key, value, seen = next_key, next_value, (first + slot >= lowest) & (first + slot < end)
         next_key, next_value, ahead = later_key, later_value, first + 2 * tile
         if ahead < end:
-            place = _page(table, ahead, page, tile)[:, None] * width + head * size + dim
-            known = (ahead + slot < end)[:, None]
-            later_key = tl.load(keys + place, mask=known, other=0.0)
-            later_value = tl.load(values + place, mask=known, other=0.0)
+            later_key, later_value = _tile_of(keys, values, table, ahead, end, width, head * size, page, tile, size)
         score = tl.where(seen, tl.sum(key.to(tl.float32) * query, 1) * scale, -1e38)
         higher = tl.maximum(best, score)
         weight, fade = tl.where(seen, tl.exp2(score - higher), 0.0), tl.exp2(best - higher)
