@@ -46,6 +46,10 @@ class FrozenLinear(nn.Module):
         """What `mm` takes for x, so that linears of one format that read the same x round it once."""
         return x
 
+    def mm_each(self, others: Sequence[FrozenLinear], x: Any) -> list[Tensor]:
+        """`mm` of this linear and `others` of its format, x as prepared; rows (N, O_j) may be strided."""
+        return [linear.mm(x) for linear in (self, *others)]
+
     def sum_mm_t(self, others: Sequence[FrozenLinear], gradients: Sequence[Tensor], add: Tensor | None) -> Tensor:
         """The gradient (N, I) of what this linear and `others` read: the sum of each `mm_t`."""
         for linear, gradient in zip((self, *others), gradients, strict=True):
@@ -254,6 +258,15 @@ class Fp8Linear(FrozenLinear):
         rounded, rows = x
         return _fp8_product(rounded, rows, self.weight.t(), self.scales[None], self.dtype, add)
 
+    def mm_each(self, others: Sequence[FrozenLinear], x: Any) -> list[Tensor]:
+        linears = [self, *(other for other in others if isinstance(other, Fp8Linear))]
+        weight, scales = (_joined([getattr(linear, name) for linear in linears]) for name in ("weight", "scales"))
+        if weight is None or scales is None or not self.rounds:
+            return super().mm_each(others, x)
+        rounded, rows = x
+        y = _fp8_product(rounded, rows, weight.t(), scales[None], self.dtype, None)
+        return list(y.split([linear.out_features for linear in linears], dim=1))
+
     def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
         return self.sum_mm_t((), (gradient,), add)
 
@@ -276,6 +289,30 @@ class Fp8Linear(FrozenLinear):
 
 
 FP8_MAX = 448.0  # the largest float8_e4m3fn
+
+
+def join(linears: Sequence[nn.Module]) -> None:
+    """Puts the weights of fp8 linears that read the same x next to each other in memory, so that `mm_each` is one
+    product, which is faster than three small ones. Other formats stay as they are."""
+    found = [linear for linear in linears if isinstance(linear, Fp8Linear)]
+    if len(found) < len(linears):
+        return
+    for name in ("weight", "scales"):
+        old = [getattr(linear, name) for linear in found]
+        whole = old[0].new_empty(sum(map(len, old)), *old[0].shape[1:])
+        for linear, part, values in zip(found, whole.split([*map(len, old)]), old, strict=True):
+            setattr(linear, name, _frozen(part.copy_(values)))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    """Tensors that lie next to each other in one memory, as one; None where they do not."""
+    first, place = parts[0], parts[0].storage_offset()
+    memory = first.untyped_storage().data_ptr()
+    for part in parts:
+        if part.untyped_storage().data_ptr() != memory or part.storage_offset() != place:
+            return None
+        place += part.numel()
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 def _fp8_product(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from litlora.checkpoint import Checkpoint
 from litlora.config import ModelConfig
 from litlora.errors import InputError
-from litlora.frozen import Dense, Quantizer
-from litlora.model import Decoder
+from litlora.frozen import Dense, Quantizer, join
+from litlora.model import Attention, Decoder
 from litlora.ops import Ops
 
 
@@ -142,4 +142,8 @@ def load_model(
         # a tied head that stays dense shares the embedding's Parameter, not a copy
         decoder.set_submodule(name, chosen.freeze(weight, bias))
         del weight, bias  # else they are held while the next are read
+        if name.endswith(".v_proj"):  # the last of three
+            attention = decoder.get_submodule(name.rpartition(".")[0])
+            assert isinstance(attention, Attention)
+            join(attention.projections)
     return decoder

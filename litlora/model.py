@@ -47,16 +47,19 @@ class Attention(nn.Module):
         self.k_proj = linear(hidden, kv_size, config.qkv_bias)
         self.v_proj = linear(hidden, kv_size, config.qkv_bias)
         self.o_proj = linear(q_size, hidden, config.o_bias)
-        norms = config.qk_norm
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, ops) if norms else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, ops) if norms else nn.Identity()
+        self.norms = config.qk_norm
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps, ops) if self.norms else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps, ops) if self.norms else nn.Identity()
+
+    @property
+    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The linears that read one norm."""
+        return self.q_proj, self.k_proj, self.v_proj
 
     def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, view: View, keep: Keep) -> Tensor:
         """x (N, C) + attention over its norm."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        x, *projected = self.ops.norm_linears(x, norm.weight, norm.eps, projections, keep)
-        q, k, v = (y.view(len(x), -1, self.head_dim) for y in projected)
-        attended = self.ops.rope_attend(self.q_norm(q), self.k_norm(k), v, cos, sin, view)  # (N, H, D)
+        norms = (self.q_norm, self.k_norm) if self.norms else None
+        x, attended = self.ops.norm_attend(x, norm.weight, norm.eps, self.projections, norms, cos, sin, view, keep)
         return self.ops.linear_add(x, attended.flatten(1), self.o_proj)
 
 

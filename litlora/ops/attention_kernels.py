@@ -131,9 +131,9 @@ def _backward_kv(
     _store_turned_back(dk, d_key * scale, start, known, kv_heads, kv_head, cos, sin, size, tile)
 
 
-def takes(q: Tensor, k: Tensor, v: Tensor, inside: Inside) -> bool:
-    """Whether `backward` follows flash attention over these, and is the faster one."""
-    fits = q.shape[-1] in HEAD_DIMS and q.dtype == k.dtype == v.dtype and inside.bounds.longest <= LONGEST
+def takes(q: Tensor, inside: Inside) -> bool:
+    """Whether `backward` follows flash attention over such q (N, H, D), and is the faster one."""
+    fits = q.shape[-1] in HEAD_DIMS and inside.bounds.longest <= LONGEST
     return fits and attention.can_varlen(q, inside.window)
 
 

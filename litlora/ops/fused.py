@@ -9,7 +9,6 @@ Sizes: N tokens, C hidden, F ffn, H heads, D head dim, V vocabulary, R rank, I i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,111 +17,34 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from litlora.ops import attention, attention_kernels, kernels, reference
-from litlora.ops.attention import Inside, View
+from litlora.ops import kernels, reference
+from litlora.ops.fused_attention import norm_attend
+from litlora.ops.fused_common import Masks, Norm, cast_like, product_dtype, takes_norm, usable
 from litlora.ops.group import Group, factors
-from litlora.ops.low_rank import SEEDS
-from litlora.ops.parts import Parts, parts_of
+from litlora.ops.parts import Parts
 from litlora.ops.reference import Keep
 from litlora.ops.table import Ops
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-class Masks:
-    """The seed of a micro-batch's dropout masks, on the card. It is drawn from torch's CPU generator, which is seeded,
-    saved and restored like every other; a recomputed block finds the seed of its forward pass."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seed = torch.zeros(1, dtype=torch.int64, device=device)
-        self.recomputing = False
-
-    def begin(self) -> None:
-        """New masks, in a tensor of its own: a loss that still waits for its backward pass keeps the old ones."""
-        if not (self.seed.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.seed = torch.full_like(self.seed, self.draw())
-
-    def renew(self) -> None:
-        """New masks in the same tensor, where a captured graph reads it."""
-        self.seed.fill_(self.draw())
-
-    @contextmanager
-    def recompute(self) -> Iterator[None]:
-        self.recomputing = True
-        try:
-            yield
-        finally:
-            self.recomputing = False
-
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def draw() -> int:
-        return int(torch.randint(SEEDS, ()))
-
-
-def _cast(gradients: Sequence[Tensor | None], parts: Sequence[Parts]) -> list[Tensor | None]:
-    return [None if g is None or f is None else g.to(f.dtype) for g, f in zip(gradients, factors(parts), strict=True)]
-
-
-def _usable(x: Tensor, linears: Sequence[nn.Module]) -> tuple[Parts, ...] | None:
-    return parts_of(linears) if product_dtype(x) in DTYPES else None
-
-
-class _NormLinears(torch.autograd.Function):
-    """Linears of the norm of x. `lean`: the norm is worked out again in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, norm: _Norm, parts: tuple[Parts, ...], seed: Tensor, lean: bool, *_factors: Tensor | None
-    ) -> Any:
-        cast = Group.cast(parts, norm.dtype)
-        group = Group(parts, seed, cast)
-        y, rstd, rounded = norm.of(x, group.rounds)
-        z = group.down(y)
-        ctx.norm, ctx.parts, ctx.seed = norm, parts, seed
-        ctx.save_for_backward(x, rstd, None if lean or z is None else y, z, *cast)
-        return x, *group.up(y, z, rounded=rounded)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd, _ = kernels.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, past: Tensor, *dys: Tensor) -> Any:
-        x, rstd, y, z, *cast = ctx.saved_tensors
-        if y is None and z is not None:
-            y, _, _ = ctx.norm.of(x)
-        dys = tuple(dy.contiguous() for dy in dys)
-        group = Group(ctx.parts, ctx.seed, cast)
-        dz, gradients = group.gradients(y, z, dys)
-        dx = ctx.norm.backward(group.dx(dz, dys), x, rstd, past) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None, *_cast(gradients, ctx.parts)
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        return kernels.rms_norm_backward(dys[0].contiguous(), x, weight, rstd, None), None, None
 
 
-@dataclass(frozen=True)
-class _Norm:
-    weight: Tensor  # (C,)
-    eps: float
-    dtype: torch.dtype  # of the products
-
-    def of(self, x: Tensor, rounds: bool = False) -> tuple[Tensor, Tensor, Any]:
-        """The norm (N, C), 1/rms (N,) and, if it `rounds`, the norm in fp8 for `Group.up`."""
-        return kernels.rms_norm(x, self.weight, self.eps, self.dtype, rounds=rounds)
-
-    def backward(self, dy: Tensor, x: Tensor, rstd: Tensor, past: Tensor, out: Tensor | None = None) -> Tensor:
-        """The gradient of x, `past` being what went by."""
-        return kernels.rms_norm_backward(dy, x, self.weight, rstd, past.contiguous(), out)
-
-
-def norm_linears(
-    masks: Masks, x: Tensor, weight: Tensor, eps: float, modules: Sequence[nn.Module], keep: Keep
-) -> tuple[Tensor, ...]:
-    parts = _usable(x, modules)
-    if parts is None or not _takes_norm(x, weight):
-        return reference.norm_linears(x, weight, eps, modules, keep)
-    norm = _Norm(weight, eps, product_dtype(x))
-    return _NormLinears.apply(x, norm, parts, masks.seed, keep != "all", *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if not takes_norm(x, weight):
+        return reference.rms_norm(x, weight, eps)
+    flat = x.reshape(-1, x.shape[-1])
+    return _RMSNorm.apply(flat, weight, eps).view(x.shape)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _LinearAdd(torch.autograd.Function):
@@ -145,7 +67,7 @@ class _LinearAdd(torch.autograd.Function):
         group = Group(ctx.parts, ctx.seed, cast)
         dz, gradients = group.gradients(x, z, [dy])
         dx = group.dx(dz, [dy]) if ctx.needs_input_grad[1] else None
-        return dys[0], dx, None, None, *_cast(gradients, ctx.parts)
+        return dys[0], dx, None, None, *cast_like(gradients, ctx.parts)
 
 
 def _on_top(group: Group, x: Tensor, z: Tensor | None, residual: Tensor) -> Tensor:
@@ -156,7 +78,7 @@ def _on_top(group: Group, x: Tensor, z: Tensor | None, residual: Tensor) -> Tens
 
 
 def linear_add(masks: Masks, residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
-    parts = _usable(x, [linear])
+    parts = usable(x, [linear])
     if parts is None:
         return reference.linear_add(residual, x, linear)
     x = x.to(product_dtype(x))
@@ -188,7 +110,7 @@ class _Inside:
 class _SwiGLU:
     """x + the MLP of x's norm, forward and backward, without autograd."""
 
-    norm: _Norm
+    norm: Norm
     parts: tuple[Parts, ...]  # gate, up, down
     seed: Tensor
 
@@ -257,7 +179,7 @@ class _NormMLP(torch.autograd.Function):
         inner, outer = ctx.mlp.groups(saved[7:])
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         gradients = ctx.mlp.backward(inner, outer, x, _Inside(*saved[:7]), past, dx, last_use=False)
-        return dx, None, None, *_cast(gradients, ctx.mlp.parts)
+        return dx, None, None, *cast_like(gradients, ctx.mlp.parts)
 
 
 class _TiledNormMLP(torch.autograd.Function):
@@ -287,7 +209,7 @@ class _TiledNormMLP(torch.autograd.Function):
             out = None if dx is None else dx[rows]
             inside = mlp.enter(inner, x[rows])
             sums = _added(sums, mlp.backward(inner, outer, x[rows], inside, past[rows], out, last_use=True))
-        return dx, None, None, *_cast(sums, mlp.parts)
+        return dx, None, None, *cast_like(sums, mlp.parts)
 
 
 def _tiles(x: Tensor) -> Iterator[slice]:
@@ -304,88 +226,13 @@ def _added(sums: list[Tensor | None], more: list[Tensor | None]) -> list[Tensor 
 
 
 def norm_mlp(masks: Masks, x: Tensor, weight: Tensor, eps: float, modules: Sequence[nn.Module], keep: Keep) -> Tensor:
-    parts = _usable(x, modules)
-    if parts is None or not _takes_norm(x, weight):
+    parts = usable(x, modules)
+    if parts is None or not takes_norm(x, weight):
         return reference.norm_mlp(x, weight, eps, modules, keep)
-    mlp = _SwiGLU(_Norm(weight, eps, product_dtype(x)), parts, masks.seed)
+    mlp = _SwiGLU(Norm(weight, eps, product_dtype(x)), parts, masks.seed)
     if keep == "input":
         return _TiledNormMLP.apply(x, mlp, masks.recomputing, *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
     return _NormMLP.apply(x, mlp, keep == "lean", *factors(parts))  # type: ignore[no-any-return,no-untyped-call]
-
-
-# ---------------------------------------------------------------- norms, rotary embedding, attention
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd, _ = kernels.rms_norm(x, weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None, None]:
-        x, weight, rstd = ctx.saved_tensors
-        return kernels.rms_norm_backward(dys[0].contiguous(), x, weight, rstd, None), None, None
-
-
-def _takes_norm(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype in DTYPES and x.dtype == weight.dtype and not weight.requires_grad
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if not _takes_norm(x, weight):
-        return reference.rms_norm(x, weight, eps)
-    flat = x.reshape(-1, x.shape[-1])
-    return _RMSNorm.apply(flat, weight, eps).view(x.shape)  # type: ignore[no-any-return,no-untyped-call]
-
-
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        return kernels.rope(q.contiguous(), k.contiguous(), cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        dq, dk = (gradient.contiguous() for gradient in gradients)
-        return *kernels.rope(dq, dk, cos, sin, backward=True), None, None
-
-
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    if q.dtype not in DTYPES:
-        return reference.rope(q, k, cos, sin)
-    return _Rope.apply(q, k, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
-
-
-class _RopeAttend(torch.autograd.Function):
-    """Flash attention forward; backward with our kernels, which also rotate back."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, inside: Inside) -> Tensor:
-        q, k = kernels.rope(q.contiguous(), k.contiguous(), cos, sin)
-        out, logsums = attention.varlen(q, k, v.contiguous(), inside.bounds, inside.window)
-        ctx.inside = inside
-        ctx.save_for_backward(q, k, v.contiguous(), cos, sin, out, logsums)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        d_out, inside = gradients[0].contiguous(), ctx.inside
-        found = attention_kernels.backward(ctx.saved_tensors, d_out, inside.bounds.tiles, inside.window)
-        return *found, None, None, None
-
-
-def rope_attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
-    records = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if records and isinstance(view, Inside) and attention_kernels.takes(q, k, v, view):
-        return _RopeAttend.apply(q, k, v, cos, sin, view)  # type: ignore[no-any-return,no-untyped-call]
-    q, k = rope(q, k, cos, sin)
-    return view.attend(q, k, v)
 
 
 # ---------------------------------------------------------------- the head and its loss
@@ -421,11 +268,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         dx, *sums = (None if saved is None else saved * gradients[0] for saved in ctx.saved_tensors)
-        return dx, None, None, None, *_cast(sums, ctx.parts)
+        return dx, None, None, None, *cast_like(sums, ctx.parts)
 
 
 def linear_cross_entropy(masks: Masks, x: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-    parts = _usable(x, [head])
+    parts = usable(x, [head])
     if parts is None:
         return reference.linear_cross_entropy(x, head, labels)
     x = x.to(product_dtype(x))
@@ -436,8 +283,7 @@ def table(device: torch.device) -> Ops:
     masks = Masks(device)
     return Ops(
         rms_norm=rms_norm,
-        norm_linears=partial(norm_linears, masks),
-        rope_attend=rope_attend,
+        norm_attend=partial(norm_attend, masks),
         linear_add=partial(linear_add, masks),
         norm_mlp=partial(norm_mlp, masks),
         linear_cross_entropy=partial(linear_cross_entropy, masks),

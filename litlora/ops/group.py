@@ -85,6 +85,12 @@ class Group:
                 prepared[type(p.frozen)] = rounded if known else p.frozen.prepare(x)
         return [_output(p, prepared[type(p.frozen)], low.get(index), base) for index, p in enumerate(self.parts)]
 
+    def products(self, x: Tensor, rounded: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+        """As `up`, of the frozen weights only, which are all of one format; without their biases, and rows may be
+        strided."""
+        first, *others = (p.frozen for p in self.parts)
+        return first.mm_each(others, first.prepare(x) if rounded is None else rounded)
+
     def lows(self, z: Tensor | None) -> list[Low | None] | None:
         """What `up` would add to each product, for a kernel that adds it itself; None where a rank is too large."""
         if z is None or max(self.ranks) > LARGEST_RANK:

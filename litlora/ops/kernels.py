@@ -6,6 +6,8 @@ Sizes: N tokens, C hidden, F ffn, H heads, D head dim, V vocabulary, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -119,6 +121,67 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backward: bool = Fal
         half=half, heads_block=power(heads), kv_block=power(k.shape[1]), half_block=power(half), num_warps=4,
     )  # fmt: skip
     return q_out, k_out
+
+
+@triton.jit
+def _low_head(
+    x, z, b, y, cos, sin, row, here, head, heads, stride, z_stride, rank,
+    turns: tl.constexpr, half: tl.constexpr, r: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens of one head: x + z bᵀ and, if it `turns`, its rotation. Rounded in between, as it is where these
+    are two kernels."""
+    pair = tl.arange(0, half)
+    across = pair[None, :] < half
+    first = low_tile(z, b, row, head * 2 * half + pair, here, across, z_stride, rank, 1, rank, r)
+    second = low_tile(z, b, row, head * 2 * half + half + pair, here, across, z_stride, rank, 1, rank, r)
+    place = x + row[:, None].to(tl.int64) * stride + head * 2 * half + pair[None, :]
+    first = (first + tl.load(place, mask=here, other=0.0).to(tl.float32)).to(y.dtype.element_ty)
+    second = (second + tl.load(place + half, mask=here, other=0.0).to(tl.float32)).to(y.dtype.element_ty)
+    if turns:
+        angle = row[:, None] * half + pair[None, :]
+        c = tl.load(cos + angle, mask=here, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=here, other=0.0).to(tl.float32)
+        one, other = first.to(tl.float32), second.to(tl.float32)
+        first, second = (one * c - other * s).to(first.dtype), (other * c + one * s).to(first.dtype)
+    place = y + (row[:, None].to(tl.int64) * heads + head) * 2 * half + pair[None, :]
+    tl.store(place, first, mask=here)
+    tl.store(place + half, second, mask=here)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _low_rope(
+    q, k, v, q_out, k_out, v_out, z_q, b_q, z_k, b_k, z_v, b_v, cos, sin, rows, heads, kv_heads,
+    q_stride, k_stride, v_stride, z_stride, rank_q, rank_k, rank_v,
+    tile: tl.constexpr, half: tl.constexpr, r: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0)
+    row = tl.program_id(1) * tile + tl.arange(0, tile)
+    here = (row < rows)[:, None]
+    if head < heads:
+        _low_head(q, z_q, b_q, q_out, cos, sin, row, here, head, heads, q_stride, z_stride, rank_q, True, half, r)
+    elif head < heads + kv_heads:
+        other = head - heads
+        _low_head(k, z_k, b_k, k_out, cos, sin, row, here, other, kv_heads, k_stride, z_stride, rank_k, True, half, r)
+    else:
+        other = head - heads - kv_heads
+        _low_head(v, z_v, b_v, v_out, cos, sin, row, here, other, kv_heads, v_stride, z_stride, rank_v, False, half, r)
+
+
+def low_rope(
+    xs: Sequence[Tensor], lows: Sequence[Low | None], cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (N, H, D), k and v (N, K, D) of xs (N, H · D) and twice (N, K · D), whose rows may be strided: each with its
+    z bᵀ on top, then q and k rotated by cos, sin (N, 1, D/2), D a power of two from 32."""
+    rows, half = len(xs[0]), cos.shape[-1]
+    q, k, v = (torch.empty(rows, x.shape[1] // (2 * half), 2 * half, dtype=x.dtype, device=x.device) for x in xs)
+    heads, kv_heads = q.shape[1], k.shape[1]
+    factors, ranks, r = _lows(xs[0], *lows)
+    z_stride, tile = max(z.stride(0) for z in factors[::2]), 64
+    _low_rope[(heads + 2 * kv_heads, triton.cdiv(rows, tile))](
+        *xs, q, k, v, *factors, cos, sin, rows, heads, kv_heads, *(x.stride(0) for x in xs), z_stride, *ranks,
+        tile=tile, half=half, r=r, num_warps=4,
+    )  # fmt: skip
+    return q, k, v
 
 
 # ---------------------------------------------------------------- SwiGLU

@@ -39,6 +39,10 @@ class FrozenMatrix(Protocol):
         """x Wᵀ (N, O); into `add`, added to what it holds, where given."""
         ...
 
+    def mm_each(self, others: Sequence[Any], x: Any) -> list[Tensor]:
+        """`mm` (N, O_j) of this one and `others`, all of one format; rows may be strided."""
+        ...
+
     def sum_mm_t(self, others: Sequence[Any], gradients: Sequence[Tensor], add: Tensor | None) -> Tensor:
         """gradients (N, O_j) -> the sum of gradient_j W_j (N, I) over this one and `others`; into `add` as `mm`."""
         ...

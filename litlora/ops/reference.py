@@ -38,6 +38,30 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
+def norm_attend(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    modules: Sequence[nn.Module],
+    norms: Sequence[nn.Module] | None,
+    cos: Tensor,
+    sin: Tensor,
+    view: View,
+    keep: Keep = "all",
+) -> tuple[Tensor, Tensor]:
+    """x (N, C), the residual stream that goes on, and the attention (N, H, D) of its norm. modules: q, k, v; norms: of
+    each head of q and of k, where there are any; cos, sin (N, 1, D/2)."""
+    x, *projected = norm_linears(x, weight, eps, modules, keep)
+    q, k, v = heads(projected, norms, cos)
+    return x, rope_attend(q, k, v, cos, sin, view)
+
+
+def heads(projected: Sequence[Tensor], norms: Sequence[nn.Module] | None, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (N, H, D), k and v (N, K, D) of the three linears' outputs."""
+    q, k, v = (y.view(len(y), -1, 2 * cos.shape[-1]) for y in projected)
+    return (q, k, v) if norms is None else (norms[0](q), norms[1](k), v)
+
+
 def rope_attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, view: View) -> Tensor:
     """Attention (N, H, D) of q (N, H, D), k and v (N, K, D); q and k are rotated first, as `rope` does."""
     q, k = rope(q, k, cos, sin)

@@ -30,15 +30,18 @@ class Masks(Protocol):
         ...
 
 
+NormAttend = Callable[
+    [Tensor, Tensor, float, Sequence[nn.Module], Sequence[nn.Module] | None, Tensor, Tensor, View, Keep],
+    tuple[Tensor, Tensor],
+]
+
+
 @dataclass(frozen=True)
 class Ops:
     """Shapes and meaning are in `reference`, which is also what each replacement is held to."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = reference.rms_norm
-    norm_linears: Callable[[Tensor, Tensor, float, Sequence[nn.Module], Keep], tuple[Tensor, ...]] = (
-        reference.norm_linears
-    )
-    rope_attend: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, View], Tensor] = reference.rope_attend
+    norm_attend: NormAttend = reference.norm_attend
     linear_add: Callable[[Tensor, Tensor, nn.Module], Tensor] = reference.linear_add
     norm_mlp: Callable[[Tensor, Tensor, float, Sequence[nn.Module], Keep], Tensor] = reference.norm_mlp
     linear_cross_entropy: Callable[[Tensor, nn.Module, Tensor], Tensor] = reference.linear_cross_entropy
