@@ -48,3 +48,23 @@ def test_the_backward_pass_compiles(capability: int, monkeypatch: pytest.MonkeyP
         attention_kernels.backward((q, k, k, angle, angle, q, logsums), q, tiles, window)
     assert len(made) == 6
     assert max(kernel.metadata.shared for kernel in made) <= SHARED[capability]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_what_is_put_on_top_of_q_k_and_v_compiles(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: nothing is compiled")
+    from test_kernels_compile import SHARED, Compiled, meta
+
+    from litlora.ops import kernels
+
+    made: list[Any] = []
+    monkeypatch.setattr(kernels, "_low_rope", Compiled(kernels._low_rope, capability, made))
+    for heads, kv_heads, size, ranks in ((32, 8, 128, (64, 64, 64)), (9, 3, 64, (8, 0, 3)), (1, 1, 32, (0, 0, 0))):
+        outs, angle = [heads * size, kv_heads * size, kv_heads * size], meta(500, 1, size // 2)
+        zs = meta(500, sum(ranks)).split(ranks, dim=1)
+        lows = [(z, meta(out, rank)) if rank else None for z, out, rank in zip(zs, outs, ranks, strict=True)]
+        kernels.low_rope(meta(500, sum(outs)).split(outs, dim=1), lows, angle, angle)
+    assert len(made) == 3
+    assert max(kernel.metadata.shared for kernel in made) <= SHARED[capability]

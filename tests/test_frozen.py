@@ -19,7 +19,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from litlora import checkpoint, frozen
 from litlora.config import ModelConfig
 from litlora.errors import InputError
-from litlora.frozen import FOUR_BIT, QUANTIZERS, Dense, FourBit, FourBitLinear, Fp8Linear, FrozenLinear, make_quantizer
+from litlora.frozen import (
+    FOUR_BIT,
+    QUANTIZERS,
+    Dense,
+    FourBit,
+    FourBitLinear,
+    Fp8,
+    Fp8Linear,
+    FrozenLinear,
+    _joined,
+    join,
+    make_quantizer,
+)
 from litlora.load import Directory, RandomWeights, expected_shapes, load_model
 from litlora.sequences import Packed
 
@@ -275,6 +287,46 @@ def test_load_model_holds_one_tensor_at_a_time(tied: bool, quantize_head: bool, 
     extra = ["model.embed_tokens.weight"] if tied and quantize_head else []
     assert sorted(spy.reads) in (wanted, sorted(wanted + extra)), "each tensor is read once"
     assert isinstance(model.model.layers[0].self_attn.q_proj, FourBitLinear)
+
+
+def test_a_loaded_fp8_model_holds_q_k_and_v_side_by_side_and_once() -> None:
+    weights = RandomWeights(config(attention_bias=True), torch.float32)
+    model = load_model(weights, Fp8(torch.float32), dtype=torch.float32, device="cpu")
+    for number, block in enumerate(model.model.layers):
+        three, loose = block.self_attn.projections, []
+        for name, linear in zip("qkv", three, strict=True):
+            assert isinstance(linear, Fp8Linear)
+            weight = weights.read(f"model.layers.{number}.self_attn.{name}_proj.weight")
+            loose.append(Fp8(torch.float32).freeze(weight, None))
+            assert linear.weight.is_contiguous()
+            assert isinstance(linear.weight, nn.Parameter)
+        for kind in ("weight", "scales"):
+            ours, separate = ([getattr(linear, kind).data for linear in linears] for linears in (three, loose))
+            memory = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in ours}
+            assert [*memory.values()] == [sum(part.numel() * part.element_size() for part in ours)]
+            whole = _joined(ours)
+            assert whole is not None
+            assert torch.equal(whole.float(), torch.cat([part.float() for part in separate]))
+            assert _joined(separate) is None
+            assert _joined(ours[::-1]) is None
+            assert _joined([ours[0], ours[2]]) is None
+    x = torch.randn(3, 64)
+    before = three[1](x)
+    assert torch.equal(before, loose[1](x) + three[1].bias)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    model.to("cpu").half()  # as elsewhere: moved, never cast
+    again = load_model(weights, Fp8(torch.float32), dtype=torch.float32, device="cpu")
+    again.load_state_dict(state)
+    assert torch.equal(again.model.layers[-1].self_attn.k_proj(x), before)
+    assert model.model.layers[-1].self_attn.k_proj.weight.dtype == torch.float8_e4m3fn
+
+
+def test_weights_of_other_formats_are_not_joined() -> None:
+    weight = torch.randn(16, 16)
+    linears = [Fp8(torch.float32).freeze(weight, None), Dense(torch.float32).freeze(weight, None)]
+    before = [linear.weight for linear in linears]
+    join(linears)
+    assert all(linear.weight is weight for linear, weight in zip(linears, before, strict=True))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -14,15 +14,25 @@ from kernel_device import CUDA, DEVICE, MARKS
 from torch import Tensor, nn
 
 from litlora.config import ModelConfig
-from litlora.frozen import QUANTIZERS, DenseLinear, FrozenLinear, make_quantizer
+from litlora.frozen import (
+    QUANTIZERS,
+    DenseLinear,
+    Fp8Linear,
+    FrozenLinear,
+    has_fp8,
+    join,
+    make_quantizer,
+)
 from litlora.load import RandomWeights, load_model
 from litlora.lora import FLAG_TARGETS, LoRA, LoRALinear, adapt, lora_modules, lora_parameters
-from litlora.model import CausalLoss, Decoder
+from litlora.model import CausalLoss, Decoder, RMSNorm
 from litlora.ops import (
     Ops,
     attention,
     attention_kernels,
     fused,
+    fused_attention,
+    fused_common,
     group,
     kernels,
     low_rank,
@@ -38,6 +48,15 @@ pytestmark = MARKS
 DTYPES = [torch.bfloat16, torch.float16, torch.float32] if CUDA else [torch.float32]
 FUSED, PLAIN = fused.table(DEVICE), Ops()
 SCALE = 2.0
+
+
+def norm_linears(ops: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """Of `norm_attend`, a piece."""
+    return reference.norm_linears(*arguments) if ops is PLAIN else fused_attention.norm_linears(ops.masks, *arguments)
+
+
+def rope_attend(ops: Any, *arguments: Any) -> Tensor:
+    return (reference if ops is PLAIN else fused_attention).rope_attend(*arguments)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -138,7 +157,7 @@ def test_rope(heads: int, kv_heads: int, size: int, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         q, k = (random(7, h, size).to(dtype).requires_grad_() for h in (heads, kv_heads))
         angle = random(7, 1, size // 2)
-        return backward([ops.rope_attend(q, k, q, angle.cos().to(dtype), angle.sin().to(dtype), SideBySide())], [q, k])
+        return backward([rope_attend(ops, q, k, q, angle.cos().to(dtype), angle.sin().to(dtype), SideBySide())], [q, k])
 
     held(run, dtype)
 
@@ -198,7 +217,7 @@ def test_attention_of_short_sequences(
         view = Packed.of_lengths(lengths, DEVICE).views([window])[0]
         q, k, v = (random(sum(lengths), h, size).to(dtype).requires_grad_() for h in (heads, kv_heads, kv_heads))
         angle = random(sum(lengths), 1, size // 2)
-        return backward([ops.rope_attend(q, k, v, angle.cos().to(dtype), angle.sin().to(dtype), view)], [q, k, v])
+        return backward([rope_attend(ops, q, k, v, angle.cos().to(dtype), angle.sin().to(dtype), view)], [q, k, v])
 
     held(run, dtype)
     assert short == ([] if CUDA and dtype == torch.float32 else [dtype])
@@ -210,7 +229,7 @@ def test_long_sequences_and_odd_head_dims_keep_flash_attention(short: list[torch
         short.clear()
         q, k, v = (random(longest + 3, 1, size).to(dtype).requires_grad_() for _ in range(3))
         view, angle = Packed.of_lengths([longest, 3], DEVICE).views([None])[0], random(len(q), 1, size // 2).to(dtype)
-        attended = FUSED.rope_attend(q, k, v, angle.cos(), angle.sin(), view)
+        attended = rope_attend(FUSED, q, k, v, angle.cos(), angle.sin(), view)
         assert all(g.isfinite().all() for g in torch.autograd.grad(attended.sum(), [q, k, v]))
         assert len(short) == wanted, (longest, size)
 
@@ -228,9 +247,150 @@ def test_linears_of_a_norm(ranks: tuple[int, ...], keep: Keep, base: str | None,
         x, weight = random(70, 128).to(dtype).requires_grad_(), 1 + random(128, scale=0.1).to(dtype)
         outs = (128, 64, 192)
         modules = [linear(128, out, r, dtype, base=base, bias=out == 64) for out, r in zip(outs, ranks, strict=True)]
-        return backward(ops.norm_linears(x, weight, 1e-5, modules, keep), [x, *trained(*modules)])
+        return backward(norm_linears(ops, x, weight, 1e-5, modules, keep), [x, *trained(*modules)])
 
     held(run, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16] if CUDA else [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "ranks"), [(2, 2, 32, (4, 4, 4)), (4, 1, 64, (8, 0, 3)), (2, 1, 128, (0, 0, 64))]
+)
+@pytest.mark.parametrize("joined", [False, True])
+def test_what_is_put_on_top_and_rotated_is_rounded_in_between(
+    heads: int, kv_heads: int, size: int, ranks: tuple[int, ...], joined: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(10)
+    outs = [heads * size, kv_heads * size, kv_heads * size]
+    xs = list(random(70, sum(outs), dtype=dtype).split(outs, dim=1))
+    zs = random(70, sum(ranks), dtype=dtype).split(ranks, dim=1)
+    lows = [(z, random(out, r, dtype=dtype)) if r else None for z, out, r in zip(zs, outs, ranks, strict=True)]
+    angle = random(70, 1, size // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    found = kernels.low_rope(xs if joined else [x.contiguous() for x in xs], lows, cos, sin)
+    sums = [
+        x.contiguous() if low is None else low_rank.low_rank_add(*low, x.contiguous())
+        for x, low in zip(xs, lows, strict=True)
+    ]
+    q, k, v = (y.view(70, -1, size) for y in sums)
+    for mine, theirs in zip(found, (*kernels.rope(q, k, cos, sin), v), strict=True):
+        assert mine.shape == theirs.shape
+        assert mine.is_contiguous()
+        # products of other tiles may be summed in another order, and round otherwise here and there
+        assert (mine != theirs).float().mean() < (0.01 if dtype != torch.float32 else 1)
+        torch.testing.assert_close(
+            mine, theirs, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=2e-2 if dtype != torch.float32 else 1e-5
+        )
+
+
+def attention_of(
+    ranks: Sequence[int], dtype: torch.dtype, *, heads: int = 4, bias: bool = False, dropout: float = 0.0
+) -> tuple[list[nn.Module], tuple[Any, ...], Tensor, Tensor]:
+    """q, k and v in fp8, side by side; cos, sin and view; x and the norm's weight."""
+    size, lengths = 32, [1, 64, 0, 25]
+    outs = (heads * size, 2 * size, 2 * size)
+    modules = [
+        linear(128, out, r, dtype, base="fp8", bias=bias, dropout=dropout) for out, r in zip(outs, ranks, strict=True)
+    ]
+    join([getattr(module, "base_layer", module) for module in modules])
+    for number, module in enumerate(modules):
+        module.key = number  # type: ignore[assignment]
+    torch.manual_seed(12)
+    angle, view = random(sum(lengths), 1, size // 2), Packed.of_lengths(lengths, DEVICE).views([None])[0]
+    x, weight = random(sum(lengths), 128).to(dtype).requires_grad_(), 1 + random(128, scale=0.1).to(dtype)
+    return modules, (angle.cos().to(dtype), angle.sin().to(dtype), view), x, weight
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One number for each norm, linears and attention that were one operation."""
+    taken: list[int] = []
+    ours = kernels.low_rope
+
+    def low_rope(xs: Sequence[Tensor], *rest: Any) -> Any:
+        taken.append(xs[0].stride(0))
+        return ours(xs, *rest)
+
+    monkeypatch.setattr(kernels, "low_rope", low_rope)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keep", "dropout"),
+    [((0, 0, 0), "all", 0.0), ((8, 0, 8), "lean", 0.2), ((1, 3, 64), "input", 0.0), ((16, 16, 16), "all", 0.0)],
+)
+def test_attention_in_fp8_is_its_pieces(
+    ranks: tuple[int, ...], keep: Keep, dropout: float, short: list[torch.dtype], at_once: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    modules, rest, x, weight = attention_of(ranks, dtype, dropout=dropout)
+
+    def run(ops: Any) -> list[Tensor]:
+        return backward(ops.norm_attend(x, weight, 1e-5, modules, None, *rest, keep), [x, *trained(*modules)])
+
+    ours = run(FUSED)
+    assert len(at_once) == 1
+    assert at_once[0] == (256 if CUDA and torch.cuda.get_device_capability() >= (8, 9) else 128), "not one product"
+    monkeypatch.setattr(fused_attention, "_puts_on_top", lambda parts: False)
+    pieces = run(FUSED)
+    assert len(at_once) == 1
+    assert len(short) == 2
+    assert len(ours) == 3 + 2 * sum(r > 0 for r in ranks)
+    for mine, theirs in zip(ours, pieces, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert far([mine], [theirs]) < (1e-2 if CUDA else 1e-6)
+    if not CUDA and not dropout:
+        for mine, theirs in zip(ours, run(PLAIN), strict=True):
+            assert far([mine], [theirs]) < 1e-5
+
+
+def test_products_that_lie_side_by_side_are_taken_as_they_are(
+    short: list[torch.dtype], at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    modules, rest, x, weight = attention_of((8, 0, 8), dtype)
+
+    def run() -> list[Tensor]:
+        y = FUSED.norm_attend(x, weight, 1e-5, modules, None, *rest, "all")
+        return backward(y, [x, *trained(*modules)])
+
+    def as_slices(first: Any, others: Any, x: Any) -> list[Tensor]:
+        whole = torch.cat([linear.mm(x) for linear in (first, *others)], dim=1)
+        return list(whole.split([linear.out_features for linear in (first, *others)], dim=1))
+
+    results = []
+    for each in (FrozenLinear.mm_each, as_slices):
+        monkeypatch.setattr(Fp8Linear, "mm_each", each)
+        results.append(run())
+    assert at_once == [128, 256]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_cannot_be_one_operation_is_its_pieces(short: list[torch.dtype], at_once: list[int]) -> None:
+    dtype = torch.bfloat16 if CUDA else torch.float32
+
+    def run(ops: Any, changes: dict[str, Any], norms: Any = None, ranks: Sequence[int] = (8, 8, 8)) -> list[Tensor]:
+        modules, rest, x, weight = attention_of(ranks, dtype, **changes)
+        return backward(ops.norm_attend(x, weight, 1e-5, modules, norms, *rest, "all"), [x, *trained(*modules)])
+
+    norms = [RMSNorm(32, 1e-5, FUSED).to(DEVICE, dtype).requires_grad_(False) for _ in range(2)]
+    for settings in (
+        {"changes": {"bias": True}},
+        {"changes": {}, "norms": norms},
+        {"changes": {}, "ranks": (80, 8, 0)},
+    ):
+        found = run(FUSED, **settings)  # type: ignore[arg-type]
+        if not CUDA:
+            for mine, theirs in zip(found, run(PLAIN, **settings), strict=True):  # type: ignore[arg-type]
+                assert far([mine], [theirs]) < 1e-5
+    assert not at_once
+    assert len(short) == 3
+    modules, rest, x, weight = attention_of((8, 8, 8), dtype)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            FUSED.norm_attend(x, weight, 1e-5, modules, None, *rest, "all")
+    assert not at_once, "nobody goes back through it"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -330,7 +490,7 @@ def test_dropout_is_one_mask_an_adapter_the_same_forward_and_backward(ranks: tup
     modules = [linear(128, out, r, dtype, dropout=p) for out, r in zip((64, 96), ranks, strict=True)]
     for number, module in enumerate(modules):
         module.key = 5 + number  # type: ignore[assignment]
-    assert isinstance(FUSED.masks, fused.Masks)
+    assert isinstance(FUSED.masks, fused_common.Masks)
     FUSED.masks.begin()
     seed = FUSED.masks.seed
     masks = [low_rank.dropped(torch.ones_like(x), seed, 5, 0, which, p).detach() for which in range(2)]
@@ -343,7 +503,7 @@ def test_dropout_is_one_mask_an_adapter_the_same_forward_and_backward(ranks: tup
     one = torch.ones(128, device=DEVICE)
 
     def run() -> tuple[Tensor, ...]:
-        return FUSED.norm_linears(x, one, 1e-5, modules, "all")
+        return norm_linears(FUSED, x, one, 1e-5, modules, "all")
 
     ours = backward(run(), [x, *trained(*modules)])
     y, plain = reference.rms_norm(x, one, 1e-5), [x]
@@ -510,11 +670,24 @@ if CUDA:  # what the interpreter has no notion of
         base = random(96, 256, dtype=torch.bfloat16)
         torch.testing.assert_close(frozen.mm(x, base.clone()), frozen.mm(x) + base)
 
-    def test_no_length_of_a_pack_compiles_anything_after_the_first_steps() -> None:
+    def test_fp8_products_of_joined_weights_are_those_of_each() -> None:
+        torch.manual_seed(0)
+        weights = [random(out, 512, scale=0.05) for out in (256, 128, 128)]
+        frozen = [make_quantizer("fp8", torch.bfloat16, DEVICE).freeze(weight, None) for weight in weights]
+        x = frozen[0].prepare(random(96, 512, dtype=torch.bfloat16))
+        apart = frozen[0].mm_each(frozen[1:], x)
+        join(frozen)
+        together = frozen[0].mm_each(frozen[1:], x)
+        for mine, theirs in zip(together, apart, strict=True):
+            assert mine.stride(0) == (512 if has_fp8(DEVICE) else len(theirs[0]))
+            assert far([mine], [theirs]) < 1e-3
+
+    @pytest.mark.parametrize("quantize", ["bnb.nf4-dq", "fp8"])
+    def test_no_length_of_a_pack_compiles_anything_after_the_first_steps(quantize: str) -> None:
         import torch._dynamo.utils
 
         lora = LoRA(8, 16, 0.1, EVERYTHING)
-        model, decoder = model_of(FUSED, torch.bfloat16, config_of(), lora, "bnb.nf4-dq")
+        model, decoder = model_of(FUSED, torch.bfloat16, config_of(), lora, quantize)
 
         def compiled() -> int:
             rooms = (kernels, attention_kernels, low_rank, narrow)
