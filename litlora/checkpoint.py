@@ -14,6 +14,7 @@ import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,8 @@ SINGLE = "model.safetensors"
 CHAT_TEMPLATES = "additional_chat_templates"  # a directory
 MAX_HEADER = 100_000_000  # the format's own limit, bytes
 PIECE = 2**22  # bytes of two tensors that are compared
+READ = 2**24  # bytes that a thread reads at a time: one alone copies out of the page cache at a fraction of its speed
+READERS = 8
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -53,9 +56,17 @@ class TensorInfo:
     def read(self) -> Tensor:
         """The tensor on the CPU, in a buffer of its own."""
         buffer = torch.empty(self.nbytes, dtype=torch.uint8)
-        if self.nbytes:
-            _pread_into(self.file, buffer.numpy().data, self.offset)
+        if self.nbytes <= READ:
+            self._read_into(buffer, 0)
+        else:
+            with ThreadPoolExecutor(READERS) as readers:
+                for _ in readers.map(self._read_into, buffer.split(READ), range(0, self.nbytes, READ)):
+                    pass
         return buffer.view(self.dtype).view(self.shape)
+
+    def _read_into(self, part: Tensor, start: int) -> None:
+        if len(part):
+            _pread_into(self.file, part.numpy().data, self.offset + start)
 
     def same(self, other: TensorInfo) -> bool:
         """Whether the two hold the same, byte for byte; neither is read as a whole."""

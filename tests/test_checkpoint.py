@@ -72,7 +72,11 @@ def entry(start: int, stop: int, shape: list[Any] | None = None, dtype: object =
 # Reading
 
 
-def test_every_dtype_and_shape_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [checkpoint.READ, 7])  # 7: all are read by several threads, in uneven pieces
+def test_every_dtype_and_shape_is_read_as_the_library_reads_it(
+    tmp_path: Path, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "READ", read)
     tensors = sample_tensors()
     save_file(tensors, tmp_path / SINGLE, metadata={"format": "pt", "ü": "é"})
     opened = Checkpoint(tmp_path)
@@ -196,7 +200,11 @@ def test_a_truncated_file_is_refused_before_anything_is_read(tmp_path: Path, siz
         Checkpoint(tmp_path)
 
 
-def test_a_file_that_shrinks_after_it_was_opened_is_an_input_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [checkpoint.READ, 7])
+def test_a_file_that_shrinks_after_it_was_opened_is_an_input_error(
+    tmp_path: Path, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "READ", read)
     save_file({"a": torch.randn(100)}, tmp_path / SINGLE)
     opened = Checkpoint(tmp_path)
     os.truncate(tmp_path / SINGLE, 200)

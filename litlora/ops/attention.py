@@ -5,11 +5,10 @@ Sizes: N tokens in the packed stream, S sequences, L padded length, H heads, K k
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -96,15 +95,6 @@ class Tiles:
         return cls(torch.where(tile < bounds[-1], starts, ends).int(), firsts, ends)
 
 
-@lru_cache
-def _varlen_parameters() -> frozenset[str]:
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
 class Bounds:
     """Where the sequences of a packed stream lie, and what attention works out of that once for all layers."""
 
@@ -129,40 +119,29 @@ class Inside:
     window: int | None  # None where it is not shorter than every sequence
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if can_varlen(q, self.window):
+        if can_varlen(q):
             return varlen(q, k, v, self.bounds, self.window)[0]
         return self.bounds.ragged.attend(q, k, v, self.window)
 
 
-def can_varlen(q: Tensor, window: int | None) -> bool:
-    """Whether torch's variable-length flash attention takes this: a CUDA card since Ampere, 16 bit, and for a window
-    a torch that has the argument (2.11 has only causal or not in some builds)."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256:
-        return False  # asked first: torch's varlen imports torch._dynamo, a second that a CPU need not wait
-    names = _varlen_parameters()
-    if not names:
+def can_varlen(q: Tensor) -> bool:
+    """Whether `varlen` takes this: a CUDA card since Ampere, 16 bit, heads of up to 256, a torch built with flash
+    attention."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] > 256 or q.shape[-1] % 8:
         return False
-    return torch.cuda.get_device_capability(q.device) >= (8, 0) and (window is None or "window_size" in names)
+    return torch.cuda.get_device_capability(q.device) >= (8, 0) and torch.backends.cuda.is_flash_attention_available()
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, window: int | None) -> tuple[Tensor, Tensor]:
     """Flash attention on the packed stream itself; arguments as `Ragged.attend`. Also the natural logarithm (H, N) fp32
-    of each query's sum of exponentials, which has no gradient."""
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+    of each query's sum of exponentials, which has no gradient.
 
-    names = _varlen_parameters()
-    extra: dict[str, Any] = {}
-    if "window_size" in names:
-        left = -1 if window is None else window - 1
-        extra["window_size"] = (left, 0)
-    else:
-        extra["is_causal"] = True
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in names:
-            extra["enable_gqa"] = True
-        else:
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    It is what torch.nn.attention.varlen calls. That module's operation imports torch._dynamo, which takes up to 4 s of
+    the time to a first token, and torch 2.10 and 2.11 give it no windows.
+    """
     starts, longest = bounds.cu_seqlens, bounds.longest
-    found = varlen_attn(q, k, v, starts, starts, longest, longest, return_aux=AuxRequest(lse=True), **extra)
-    assert isinstance(found, tuple)  # a tensor only without return_aux
-    return found
+    out, logsums, *_ = torch.ops.aten._flash_attention_forward.default(
+        q, k, v, starts, starts, longest, longest, 0.0, window is None, False,
+        window_size_left=-1 if window is None else window - 1, window_size_right=0,
+    )  # fmt: skip
+    return out, logsums

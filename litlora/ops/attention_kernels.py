@@ -134,7 +134,7 @@ def _backward_kv(
 def takes(q: Tensor, inside: Inside) -> bool:
     """Whether `backward` follows flash attention over such q (N, H, D), and is the faster one."""
     fits = q.shape[-1] in HEAD_DIMS and inside.bounds.longest <= LONGEST
-    return fits and attention.can_varlen(q, inside.window)
+    return fits and attention.can_varlen(q)
 
 
 def backward(saved: Sequence[Tensor], d_out: Tensor, tiles: Tiles, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
