@@ -633,7 +633,8 @@ def test_an_mlp_in_tiles_has_the_dropout_of_the_whole(quantize: str | None, monk
         torch.manual_seed(11)
         results.append(loss_and_gradients(model, decoder, batch_of([30, 67])))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=0)
-    assert far(results[1][1], results[0][1]) < 1e-5
+    # a sum that differs in its last bit is at times rounded to the next 8-bit float: 1e-4 was seen on an H100
+    assert far(results[1][1], results[0][1]) < (1e-3 if quantize == "fp8" else 1e-5)
 
 
 def test_a_model_that_trains_its_own_weights_takes_the_plain_operations() -> None:
