@@ -120,24 +120,18 @@ def _grouped(
     is_last, group: tl.constexpr, group_block: tl.constexpr, half: tl.constexpr, half_block: tl.constexpr,
     page: tl.constexpr, tile: tl.constexpr, norm: tl.constexpr, rotate: tl.constexpr,
 ):  # fmt: skip
-    """The queries that read one key/value head, on tensor cores, over the tokens from `begin` to `end`, of which their
-    own, `newest`, is one where `is_last`: what `_alone` gives, (group_block,) and (group_block, D)."""
+    """The queries that read one key/value head, on tensor cores, over the tokens from `begin` to `end`, and over their
+    own, `newest`, where `is_last`: what `_alone` gives, (group_block,) and (group_block, D).
+
+    Their own token comes last: of what is needed before the loop, which asks for keys and values tiles ahead, each
+    load is waited for.
+    """
     size: tl.constexpr = 2 * half
     dim, member = tl.arange(0, 2 * half_block)[None, :], tl.arange(0, group_block)[:, None]
     pair = tl.arange(0, half_block)[None, :]
     heads = (head * group + member) * size
     mine = (member < group) & (pair < half)
     q1, q2 = _halves(q, heads, q_weight, cos, sin, pair, mine, eps, half, norm, rotate)
-    if is_last:  # the new token is in the last part, which writes it
-        one = tl.zeros((1, 1), tl.int32)
-        new = head * size + one
-        k1, k2 = _halves(k, new, k_weight, cos, sin, pair, (pair < half) & (one == 0), eps, half, norm, rotate)
-        place = newest * width + head * size + one
-        tl.store(keys + place + pair, k1, mask=pair < half)
-        tl.store(keys + place + half + pair, k2, mask=pair < half)
-        value = tl.load(v + new + dim, mask=dim < size, other=0.0)
-        tl.store(values + place + dim, value, mask=dim < size)
-        tl.debug_barrier()
     best = tl.full((group_block,), -1e38, tl.float32)
     total = tl.zeros((group_block,), tl.float32)
     mean = tl.zeros((group_block, 2 * half_block), tl.float32)
@@ -158,6 +152,21 @@ def _grouped(
         value = tl.load(values + place + dim, mask=known & (dim < size), other=0.0).to(q1.dtype)
         mean = tl.dot(weight.to(value.dtype), value, mean * fade[:, None], input_precision="ieee")
         best = higher
+    if is_last:
+        one = tl.zeros((1, 1), tl.int32)
+        new = head * size + one
+        k1, k2 = _halves(k, new, k_weight, cos, sin, pair, (pair < half) & (one == 0), eps, half, norm, rotate)
+        place = newest * width + head * size + one
+        tl.store(keys + place + pair, k1, mask=pair < half)
+        tl.store(keys + place + half + pair, k2, mask=pair < half)
+        own_value = tl.load(v + new + dim, mask=dim < size, other=0.0)
+        tl.store(values + place + dim, own_value, mask=dim < size)
+        own = tl.sum(q1.to(tl.float32) * k1.to(tl.float32) + q2.to(tl.float32) * k2.to(tl.float32), 1) * scale
+        higher = tl.maximum(best, own)
+        fade, weight_of_own = tl.exp2(best - higher), tl.exp2(own - higher)
+        total = total * fade + weight_of_own
+        mean = mean * fade[:, None] + weight_of_own[:, None] * own_value.to(tl.float32)
+        best = higher
     return best, total, mean
 
 
@@ -175,11 +184,11 @@ def _attend(
     if windowed:
         lowest = tl.maximum(position - window + 1, 0)
     start = lowest // tile * tile
-    length = position if alone else position + 1  # of what is read from the cache
-    share = tl.maximum(tl.cdiv(tl.cdiv(length - start, parts), tile), least) * tile
-    used = tl.maximum(tl.cdiv(length - start, share), 1)
+    # the newest token is not read from the cache
+    share = tl.maximum(tl.cdiv(tl.cdiv(position - start, parts), tile), least) * tile
+    used = tl.maximum(tl.cdiv(position - start, share), 1)
     begin = start + part * share
-    end = tl.minimum(begin + share, length)
+    end = tl.minimum(begin + share, position)
     table += row * most_pages
     size: tl.constexpr = 2 * half
     width = kv_heads * size  # of a token
