@@ -21,6 +21,7 @@ from litlora.ops.decode_kernels import MOST_ROWS, _order
 
 TILE = 64  # keys at a time
 LEAST = 4  # tiles of a part: what the parts of a short row leave for each other would take longer
+LEAST_ALONE = 6  # of `_alone`, which asks for four at once
 BUSY = 2  # programs for each multiprocessor, where a row's length gives so many; of `_alone` one has room on it
 LARGEST_HEAD = 256
 
@@ -45,9 +46,11 @@ def _halves(x, place, weight, cos, sin, pair, known, eps, half: tl.constexpr, no
 
 
 @triton.jit
-def _page(table, first, page: tl.constexpr, tile: tl.constexpr):
-    """(tile,) of the tokens from `first` on in the cache; all of them are in one page."""
-    return tl.load(table + first // page).to(tl.int64) * page + first % page + tl.arange(0, tile)
+def _page(table, first, end, page: tl.constexpr, tile: tl.constexpr):
+    """(tile,) of the tokens from `first` on in the cache; all of them are in one page. Any place where `first` is not
+    before `end`."""
+    number = tl.load(table + first // page, mask=first < end, other=0).to(tl.int64)
+    return number * page + first % page + tl.arange(0, tile)
 
 
 @triton.jit
@@ -55,7 +58,7 @@ def _tile_of(
     keys, values, table, first, end, width, offset, page: tl.constexpr, tile: tl.constexpr, size: tl.constexpr
 ):  # fmt: skip
     """A head's keys and values (tile, D) of the tokens from `first` on, 0 from `end` on."""
-    place = _page(table, first, page, tile)[:, None] * width + offset + tl.arange(0, size)[None]
+    place = _page(table, first, end, page, tile)[:, None] * width + offset + tl.arange(0, size)[None]
     known = (first + tl.arange(0, tile) < end)[:, None]
     return tl.load(keys + place, mask=known, other=0.0), tl.load(values + place, mask=known, other=0.0)
 
@@ -69,16 +72,17 @@ def _alone(
     """One query over the tokens from `begin` to `end`, and over its own where `is_last`: the largest score, the sum of
     weights and that of weighted values, (1,), (1,) and (1, D).
 
-    The latency of few short loads is all there is: so no tensor cores, the newest token never comes from the cache, two
-    tiles are asked for before q is there, and what each of a tile's tokens has summed stays apart until the end.
+    The latency of few short loads is all there is: so no tensor cores, the newest token never comes from the cache,
+    four tiles are asked for before q is there, and what each of a tile's tokens has summed stays apart until the end.
     """
     size: tl.constexpr = 2 * half
     slot, dim, pair = tl.arange(0, tile), tl.arange(0, size)[None], tl.arange(0, half)[None]
     one = tl.zeros((1, 1), tl.int32)
-    next_key, next_value = _tile_of(keys, values, table, begin, end, width, head * size, page, tile, size)
-    later_key, later_value = next_key, next_value
-    if begin + tile < end:
-        later_key, later_value = _tile_of(keys, values, table, begin + tile, end, width, head * size, page, tile, size)
+    offset = head * size
+    key1, value1 = _tile_of(keys, values, table, begin, end, width, offset, page, tile, size)
+    key2, value2 = _tile_of(keys, values, table, begin + tile, end, width, offset, page, tile, size)
+    key3, value3 = _tile_of(keys, values, table, begin + 2 * tile, end, width, offset, page, tile, size)
+    key4, value4 = _tile_of(keys, values, table, begin + 3 * tile, end, width, offset, page, tile, size)
     if pdl:
         tl.extra.cuda.gdc_wait()
         # not earlier: the next kernel fetches its weights into the cache, through which the one before still reads
@@ -98,10 +102,9 @@ def _alone(
         total = tl.where(slot == 0, 1.0, 0.0)
         mean = tl.where((slot == 0)[:, None], value.to(tl.float32), 0.0)
     for first in range(begin, end, tile):
-        key, value, seen = next_key, next_value, (first + slot >= lowest) & (first + slot < end)
-        next_key, next_value, ahead = later_key, later_value, first + 2 * tile
-        if ahead < end:
-            later_key, later_value = _tile_of(keys, values, table, ahead, end, width, head * size, page, tile, size)
+        key, value, seen = key1, value1, (first + slot >= lowest) & (first + slot < end)
+        key1, value1, key2, value2, key3, value3 = key2, value2, key3, value3, key4, value4
+        key4, value4 = _tile_of(keys, values, table, first + 4 * tile, end, width, offset, page, tile, size)
         score = tl.where(seen, tl.sum(key.to(tl.float32) * query, 1) * scale, -1e38)
         higher = tl.maximum(best, score)
         weight, fade = tl.where(seen, tl.exp2(score - higher), 0.0), tl.exp2(best - higher)
@@ -139,7 +142,7 @@ def _grouped(
         token = first + tl.arange(0, tile)
         seen = (token >= lowest) & (token < end)
         known = seen[:, None]
-        place = _page(table, first, page, tile)[:, None] * width + head * size
+        place = _page(table, first, end, page, tile)[:, None] * width + head * size
         k1 = tl.load(keys + place + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
         k2 = tl.load(keys + place + half + pair, mask=known & (pair < half), other=0.0).to(q1.dtype)
         score = tl.dot(q1, tl.trans(k1), input_precision="ieee")
@@ -308,9 +311,9 @@ def attend(
         table.stride(0), out, workspace.sums, workspace.bounds, workspace.arrived,
         math.log2(math.e) / math.sqrt(size), window or 0, kv_heads,
         group=group, group_block=1 if alone else max(16, _power(group)), half=half,
-        half_block=half if alone else max(16, _power(half)), parts=workspace.parts, page=page, tile=tile, least=LEAST,
-        windowed=window is not None, norm=norms is not None, rotate=rotation is not None, layout=layout, alone=alone,
-        pdl=pdl, num_warps=8 if alone else 4,
+        half_block=half if alone else max(16, _power(half)), parts=workspace.parts, page=page, tile=tile,
+        least=LEAST_ALONE if alone else LEAST, windowed=window is not None, norm=norms is not None,
+        rotate=rotation is not None, layout=layout, alone=alone, pdl=pdl, num_warps=8 if alone else 4,
         num_stages=3 if size <= 128 else 2,
         **options,
     )  # fmt: skip

@@ -82,7 +82,7 @@ def _linear(
     flat: tl.constexpr,
 ):  # fmt: skip
     """Up to three linears over one x, or two and their SwiGLU, or one and the residual stream: see `decode_linear`."""
-    if starts:
+    if starts == 1:
         tl.extra.cuda.gdc_launch_dependents()
     number = tl.program_id(0)
     blocks0, blocks1 = tl.cdiv(rows0, tile_o), tl.cdiv(rows1, tile_o)
@@ -117,6 +117,8 @@ def _linear(
         ahead, absmax, nested_absmax, x, w, s, n, code, o, table, first, rows, size,
         form, nested, asm, operands, mine, r, m, splits, tile_o, tile_i, stages, lead, even, steady, flat,
     )  # fmt: skip
+    if starts == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     if most:
         total += _up(z, b, first, rows, rank, offset, ranks, factor, r, tile_o, parts, most, step, x)
     if norm:

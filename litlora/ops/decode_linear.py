@@ -84,7 +84,7 @@ def tile_of(weight: Weight, outputs: int, rows: int, dtype: torch.dtype) -> Tile
             return Tile(16, 1024, 8) if few else Tile(32, 512, 4)
         return Tile(16, 256, 4, splits=4) if rows <= 4 else Tile(32, 128, 8, splits=2)
     if rows == 1:
-        return Tile(8, 1024, 4, stages=4, flat=True, lead=2)
+        return Tile(8, 1024, 4, stages=3 if weight.form == FP8 else 4, flat=True, lead=2)
     return Tile(32, 256, 4, stages=4) if weight.form == FP8 and not few else Tile(16, 256, 2, stages=4)
 
 
@@ -105,16 +105,17 @@ class Linear:
         *,
         words: bool = False,
         pdl: bool = False,
-        starts: bool | None = None,
+        starts: int | None = None,
         ahead: bool = False,
     ) -> None:
         """`words`: what is written is read by a 4-bit linear. `pdl`: begins before the kernel in front has ended;
-        `starts`: lets the next one begin so (default: as `pdl`). `ahead`: with `pdl`, all of the weights are fetched
-        into the card's cache while the kernel in front still runs. All weights are of one format and size."""
+        `starts`: lets the next one begin so, not (0), at once (1) or after its first product (2); default: as `pdl`.
+        `ahead`: with `pdl`, all of the weights are fetched into the card's cache while the kernel in front still runs.
+        All weights are of one format and size."""
         first = weights[0]
         self.weights, self.factors, self.mode, self.rows = weights, factors, mode, rows
         self.layout, self.pdl = layout_of(words, rows), pdl
-        self.starts = pdl if starts is None else starts
+        self.starts = int(pdl) if starts is None else starts
         self.size, self.outputs = first.size, sum(weight.rows for weight in weights)
         self.tile = tile_of(first, self.outputs, rows, dtype)
         self.blocks = triton.cdiv(first.rows, self.tile.rows)  # of sums of squares, in mode ADD
