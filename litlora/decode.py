@@ -23,7 +23,7 @@ from litlora.transfer import on_device, on_its_way
 
 __all__ = ["Sampling", "check_prompts", "generate", "room"]
 
-PREFILL_TOKENS = 4096  # prompts go through the model together up to this many tokens: bounds the activations
+PREFILL_TOKENS = 8192  # prompts go through the model together up to this many tokens: bounds the activations
 CONTINUED_TOKENS = 2048  # of a prompt longer than that, beyond its first piece
 
 

@@ -28,7 +28,7 @@ from litlora.transfer import on_device
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)  # of captured batches
 WORKING_MEMORY = 1e9  # bytes of the card that the cache leaves for activations
-PATIENCE = 32  # steps in larger batches than needed before a smaller one is captured, which costs about what they waste
+PATIENCE = 8  # steps in larger batches than needed before a smaller one is captured, which costs about what they waste
 SAMPLING_MEMORY = 32  # and for sampling, by slot and word of the vocabulary: eight fp32 copies of the logits
 
 
@@ -65,6 +65,7 @@ class Captured:
         self.forwards: dict[int, Callable[[State], Tensor]] = {}
         self.oversized = 0  # steps in larger batches than needed since the last capture
         self.pool: Any = None  # the memory that the graphs share
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None  # of captures
 
     def admit(self, row: int, tokens: int, live: int) -> bool:
         """Only where every other row finds a page for its next tokens, too."""
@@ -104,16 +105,19 @@ class Captured:
             self.device_table.copy_(on_device(torch.from_numpy(self.table.copy()), self.device))
             self.stale = False
         size = self.size(len(lengths))
-        if size in self.graphs:
-            self.graphs[size].replay()
-        elif size not in self.forwards:  # once as it is: kernels are compiled, libraries have started
-            self.forwards[size] = self.forward(size)
-            self.run(size, state)
-        elif self.device.type == "cuda":
+        if size not in self.graphs and self.known(size):
             self.capture(size, state)
+        if size in self.graphs:
             self.graphs[size].replay()
         else:
             self.run(size, state)
+
+    def known(self, size: int) -> bool:
+        """Whether a step of this size can be captured: its kernels are compiled and libraries have started, since it
+        or, beyond `FewRows`, another has run as it is."""
+        if self.device.type != "cuda":
+            return False
+        return size in self.forwards or (size > MOST_ROWS and max(self.forwards, default=0) > MOST_ROWS)
 
     def size(self, rows: int) -> int:
         """The batch that the step runs as: rows that leave do not have a graph captured for every size they pass."""
@@ -125,19 +129,29 @@ class Captured:
         return min(larger) if self.oversized else size
 
     def run(self, size: int, state: State) -> None:
-        slots = slice(0, size)
-        state.choose(self.forwards[size](state), slots)
+        if size not in self.forwards:
+            self.forwards[size] = self.forward(size)
+        state.choose(self.forwards[size](state), slice(0, size))
 
     def capture(self, size: int, state: State) -> None:
+        """Unlike `torch.cuda.graph` it lets the card go on meanwhile, unless this is the largest graph so far, for
+        which there may have to be memory."""
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        kind = self.device.type
-        mixed = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind)
+        if size > max(self.graphs, default=0):
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+        if size not in self.forwards:
+            self.forwards[size] = self.forward(size)
+        graph, kind = torch.cuda.CUDAGraph(), self.device.type
+        mixed, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         # autocast would keep casts of its own beyond the graph
-        with torch.autocast(kind, dtype, enabled=mixed, cache_enabled=False), torch.cuda.graph(graph, pool=self.pool):
-            self.run(size, state)
+        with torch.autocast(kind, dtype, enabled=mixed, cache_enabled=False), torch.cuda.stream(self.stream):
+            graph.capture_begin(self.pool, capture_error_mode="relaxed")  # a kernel's variant may still be loaded
+            try:
+                self.run(size, state)
+            finally:
+                graph.capture_end()
         self.graphs[size] = graph
 
     def forward(self, size: int) -> Callable[[State], Tensor]:

@@ -219,6 +219,7 @@ def test_attention_over_the_cache(
     """Rows of every length, in parts and in one; twice, so that what the parts count begins at 0 again."""
     torch.manual_seed(5)
     monkeypatch.setattr(decode_attention, "LEAST", 1)
+    monkeypatch.setattr(decode_attention, "LEAST_ALONE", 1)
     lengths, page = [0, 1, 31, 32, 33, 200, 130], 32  # before the new token
     table = torch.randperm(len(lengths) * 7).view(len(lengths), 7).int()
     random = lambda *shape: torch.randn(shape).to(DEVICE, dtype)  # noqa: E731
@@ -480,6 +481,29 @@ def test_captured_or_not_gives_the_same_text(
     assert texts(model, prompts, sampling, 40) == captured
     others = [[3] * len(prompt) for prompt in prompts[1:]]
     assert texts(model, [prompts[0], *others], sampling, 40)[0] == captured[0]
+
+
+@pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
+def test_a_shrinking_batch_is_captured_without_having_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16: bit for bit what the same steps give uncaptured, through one size after the other."""
+    monkeypatch.setattr(decode_graph, "PATIENCE", 0)
+    model = build(torch.bfloat16, None, None)
+    prompts, settings = prompts_of(*(5 + 7 * i % 40 for i in range(150))), {"stop_ids": range(3, 9)}
+    seen: list[tuple[int, bool]] = []
+    capture = Captured.capture
+
+    def spy(self: Captured, size: int, state: Any) -> None:
+        seen.append((size, size in self.forwards))
+        capture(self, size, state)
+
+    monkeypatch.setattr(Captured, "capture", spy)
+    captured = texts(model, prompts, Sampling(1.0, seed=3), 40, **settings)
+    assert seen[0] == (192, True)
+    assert {(128, False), (64, False), (32, False), (16, True)} <= set(seen), seen
+    monkeypatch.setattr(
+        Captured, "capture", lambda self, size, state: self.graphs.setdefault(size, _Eager(self, size, state))
+    )
+    assert texts(model, prompts, Sampling(1.0, seed=3), 40, **settings) == captured
 
 
 class _Eager:
