@@ -33,6 +33,7 @@ class FrozenLinear(nn.Module):
 
     accumulates = True  # `add` is read by the product's own epilogue
     rounds = False  # `prepare` rounds rows to fp8
+    joins: tuple[str, ...] = ()  # the tensors, a row an output, that `join` puts next to another linear's
 
     def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         """x (N, I) -> x Wᵀ (N, O), without bias; into `add`, added to what it holds, where given."""
@@ -104,8 +105,17 @@ class DenseLinear(FrozenLinear):
         self.weight = weight if isinstance(weight, nn.Parameter) else _frozen(weight)  # a tied head shares a Parameter
         self.bias = None if bias is None else _frozen(bias)
 
+    joins = ("weight",)
+
     def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         return _product(x, self.weight.to(x.dtype).t(), add)
+
+    def mm_each(self, others: Sequence[FrozenLinear], x: Any) -> list[Tensor]:
+        linears = (self, *others)
+        weight = _joined([linear.weight for linear in linears if isinstance(linear, DenseLinear)])
+        if weight is None:
+            return super().mm_each(others, x)
+        return list((x @ weight.to(x.dtype).t()).split([linear.out_features for linear in linears], dim=1))
 
     def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
         return _product(gradient, self.weight.to(gradient.dtype), add)
@@ -215,6 +225,7 @@ class Fp8Linear(FrozenLinear):
     """
 
     accumulates = False
+    joins = ("weight", "scales")
     weight: nn.Parameter  # (O, I) float8_e4m3fn
     scales: nn.Parameter  # (O,) fp32
 
@@ -292,15 +303,15 @@ FP8_MAX = 448.0  # the largest float8_e4m3fn
 
 
 def join(linears: Sequence[nn.Module]) -> None:
-    """Puts the weights of fp8 linears that read the same x next to each other in memory, so that `mm_each` is one
-    product, which is faster than three small ones. Other formats stay as they are."""
-    found = [linear for linear in linears if isinstance(linear, Fp8Linear)]
-    if len(found) < len(linears):
+    """Puts the weights of linears that read the same x next to each other in memory, so that `mm_each` is one product,
+    which is faster than three small ones. Formats that cannot stay as they are."""
+    first = linears[0]
+    if not isinstance(first, FrozenLinear) or any(type(linear) is not type(first) for linear in linears):
         return
-    for name in ("weight", "scales"):
-        old = [getattr(linear, name) for linear in found]
+    for name in first.joins:
+        old = [getattr(linear, name) for linear in linears]
         whole = old[0].new_empty(sum(map(len, old)), *old[0].shape[1:])
-        for linear, part, values in zip(found, whole.split([*map(len, old)]), old, strict=True):
+        for linear, part, values in zip(linears, whole.split([*map(len, old)]), old, strict=True):
             setattr(linear, name, _frozen(part.copy_(values)))
 
 

@@ -321,9 +321,23 @@ def test_a_loaded_fp8_model_holds_q_k_and_v_side_by_side_and_once() -> None:
     assert model.model.layers[-1].self_attn.k_proj.weight.dtype == torch.float8_e4m3fn
 
 
+def test_dense_q_k_and_v_are_one_product() -> None:
+    torch.manual_seed(0)
+    linears = [Dense(torch.float32).freeze(torch.randn(size, 32), None) for size in (48, 16, 16)]
+    x = torch.randn(5, 32)
+    apart = linears[0].mm_each(linears[1:], x)
+    join(linears)
+    together = linears[0].mm_each(linears[1:], x)
+    assert len({y.untyped_storage().data_ptr() for y in apart}) == 3
+    assert len({y.untyped_storage().data_ptr() for y in together}) == 1
+    for y, one, linear in zip(together, apart, linears, strict=True):
+        torch.testing.assert_close(y, one)
+        torch.testing.assert_close(y, linear(x))
+
+
 def test_weights_of_other_formats_are_not_joined() -> None:
     weight = torch.randn(16, 16)
-    linears = [Fp8(torch.float32).freeze(weight, None), Dense(torch.float32).freeze(weight, None)]
+    linears: list[FrozenLinear] = [make(torch.float32).freeze(weight, None) for make in (Fp8, Dense)]
     before = [linear.weight for linear in linears]
     join(linears)
     assert all(linear.weight is weight for linear, weight in zip(linears, before, strict=True))

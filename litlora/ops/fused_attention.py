@@ -1,7 +1,8 @@
-"""The attention of a block on a CUDA card: norm, the linears of q, k and v, rotary embedding, attention. One autograd
-Function where the linears' products cannot add (fp8), so that one kernel puts on top of them what is missing; else the
-pieces, each held to its namesake in `reference`.
+"""The attention of a block on a CUDA card: norm, the linears of q, k and v, rotary embedding, attention.
 
+One kernel puts on top of the linears' products what they lack, and rotates, where nothing is recorded for a backward
+pass, and in one autograd Function where the products cannot add (fp8); else the pieces, each held to its namesake in
+`reference`.
 Sizes: N tokens, C hidden, H heads, K key/value heads, D head dim, R rank, O out.
 """
 
@@ -140,6 +141,15 @@ def rope_attend(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, view:
 # ---------------------------------------------------------------- all of it at once
 
 
+def _heads(
+    linears: _Linears, x: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor | None]]:
+    """q (N, H, D), k and v (N, K, D), rotated; what `_Linears.backward` takes."""
+    group, y, z, rounded, saved = linears.enter(x)
+    lows = group.lows(z) or (None, None, None)
+    return *kernels.low_rope(group.products(y, rounded), lows, cos, sin), saved
+
+
 class _NormAttend(torch.autograd.Function):
     """Keeps what `_NormLinears` and `_RopeAttend` keep."""
 
@@ -147,9 +157,7 @@ class _NormAttend(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, linears: _Linears, cos: Tensor, sin: Tensor, inside: Inside, *_factors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        group, y, z, rounded, saved = linears.enter(x)
-        lows = group.lows(z) or (None, None, None)
-        q, k, v = kernels.low_rope(group.products(y, rounded), lows, cos, sin)
+        q, k, v, saved = _heads(linears, x, cos, sin)
         out, logsums = attention.varlen(q, k, v, inside.bounds, inside.window)
         ctx.linears, ctx.inside = linears, inside
         ctx.save_for_backward(q, k, v, cos, sin, out, logsums, *saved)
@@ -165,12 +173,10 @@ class _NormAttend(torch.autograd.Function):
         return dx, None, None, None, None, *gradients
 
 
-def _puts_on_top(parts: Sequence[Parts]) -> bool:
-    """Whether `low_rope` adds what the frozen products of all lack."""
-    return all(
-        not p.frozen.accumulates and p.frozen.bias is None and (p.B is None or p.B.shape[1] <= LARGEST_RANK)
-        for p in parts
-    )
+def _puts_on_top(parts: Sequence[Parts], cos: Tensor) -> bool:
+    """Whether `low_rope` can add what the frozen products of all lack, and rotate."""
+    alike = len({type(p.frozen) for p in parts}) == 1 and 2 * cos.shape[-1] in attention_kernels.HEAD_DIMS
+    return alike and all(p.frozen.bias is None and (p.B is None or p.B.shape[1] <= LARGEST_RANK) for p in parts)
 
 
 def norm_attend(
@@ -186,11 +192,14 @@ def norm_attend(
     keep: Keep,
 ) -> tuple[Tensor, Tensor]:
     linears = _linears(masks, x, weight, eps, modules, keep)
-    if linears is not None and norms is None and isinstance(view, Inside) and _puts_on_top(linears.parts):
+    if linears is not None and norms is None and _puts_on_top(linears.parts, cos):
         sides = factors(linears.parts)
-        records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sides))
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *sides))):
+            q, k, v, _ = _heads(linears, x, cos, sin)
+            return x, view.attend(q, k, v)
         q = x.new_empty(0, 1, 2 * cos.shape[-1], dtype=linears.norm.dtype)  # of the kind that there will be
-        if records and attention_kernels.takes(q, view):
+        accumulates = any(p.frozen.accumulates for p in linears.parts)  # then the products add by themselves
+        if not accumulates and isinstance(view, Inside) and attention_kernels.takes(q, view):
             return _NormAttend.apply(x, linears, cos, sin, view, *sides)  # type: ignore[no-any-return,no-untyped-call]
     x, *projected = norm_linears(masks, x, weight, eps, modules, keep)
     q, k, v = reference.heads(projected, norms, cos)
