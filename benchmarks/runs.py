@@ -81,7 +81,8 @@ class Run:
         longest, memory = int(self.data.lengths.max()), usable_memory(self.device)
         memory = setting.card_gb * 1e9 if setting.card_gb and memory else memory
         kept = Kept.parse(setting.checkpointing, self.config.num_hidden_layers)
-        micro = choose_micro_batch(recipe, longest, memory, kept, setting.length)
+        steps = [int(self.data.lengths[rows].sum()) for rows in self.plan()]
+        micro = choose_micro_batch(recipe, longest, memory, kept, setting.length, steps)
         lengths = [
             self.data.lengths[p] for rows in self.plan() for p in packs(self.data, rows, max_tokens=micro.tokens)
         ]

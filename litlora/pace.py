@@ -18,9 +18,10 @@ from litlora.memory import QUANTIZED, MicroBatch, Recipe
 from litlora.recompute import Kept
 
 CPU_TOKENS = 2048  # enough for the products' speed, small enough for the caches
-GPU_TOKENS = 9216  # from here on longer packs are no faster; 128 rows of Alpaca are two such, of 8,170 on average
+GPU_TOKENS = 18432  # 128 rows of Alpaca, 16,340 tokens on average, are one such pack, or two in a step of twenty
+START = 5e-4  # seconds a block and micro-batch: launches that the card waits for, sums that are made once
 HALF = 325  # tokens at which products reach half of their rate
-PASSES = 10.6  # of what blocks keep through the memory: everything but products, forward and backward
+PASSES = 8.0  # of what blocks keep through the memory: everything but products, forward and backward
 ATTENTION = 0.5  # of the rate of products, over long rows; what short ones take is in PASSES
 FP8 = 1.71  # times the 16-bit rate of products, rounding included
 ADAPTER = 16  # FLOP a parameter, as if at the rate of large products: 6 of them, thin ones
@@ -64,7 +65,7 @@ def seconds_per_token(recipe: Recipe, micro: MicroBatch, card: Card = H100) -> f
         per_token += _unpacking(recipe, micro) * weights / card.memory / tokens
     if micro.policy == "offload":
         per_token *= 1.05
-    return per_token
+    return per_token + START * layers / tokens
 
 
 def _unpacking(recipe: Recipe, micro: MicroBatch) -> float:
@@ -77,10 +78,16 @@ def _unpacking(recipe: Recipe, micro: MicroBatch) -> float:
 
 
 def choose_micro_batch(
-    recipe: Recipe, longest: int, memory: float | None, kept: Kept | None = None, tokens: int | None = None
+    recipe: Recipe,
+    longest: int,
+    memory: float | None,
+    kept: Kept | None = None,
+    tokens: int | None = None,
+    steps: Sequence[int] = (),
 ) -> MicroBatch:
     """The fastest that `memory` bytes of a GPU hold, as far as known beforehand; None for a CPU. `kept` and `tokens`
-    may be given; `longest` is the longest row. Where nothing fits, what holds least."""
+    may be given; `longest` is the longest row. Where nothing fits, what holds least. `steps`: the tokens of a few
+    optimizer steps, which are cut into packs of like size."""
     layers = recipe.config.num_hidden_layers
     if memory is None:
         kept = kept or Kept()
@@ -90,8 +97,16 @@ def choose_micro_batch(
         ways = [(kept.policy, kept.blocks)]
     found = list(_fitting(recipe, longest, memory, ways, tokens))
     if found:
-        return min(found, key=lambda micro: seconds_per_token(recipe, micro))
+        return min(found, key=lambda micro: _seconds_of_steps(recipe, micro, steps or [micro.tokens]))
     return MicroBatch(max(tokens or longest, longest), *ways[-1])
+
+
+def _seconds_of_steps(recipe: Recipe, micro: MicroBatch, steps: Sequence[int]) -> float:
+    """A token, of steps of so many tokens."""
+    packs = [-(-tokens // micro.tokens) for tokens in steps]
+    sizes = [max(1, tokens // count) for tokens, count in zip(steps, packs, strict=True)]
+    paces = [seconds_per_token(recipe, replace(micro, tokens=size)) for size in sizes]
+    return sum(tokens * pace for tokens, pace in zip(steps, paces, strict=True)) / sum(steps)
 
 
 def _fitting(

@@ -31,6 +31,7 @@ from litlora.resume import Conditions, TrainingCheckpoint, find_checkpoint
 from litlora.run_files import RunFiles
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLED_STEPS = 64  # by whose tokens micro-batches are chosen: the first, which more epochs do not change
 Plan = list[tuple[int, list[int]]]  # the run's optimizer steps: epoch from 1, examples
 
 
@@ -154,10 +155,11 @@ def kept_of(args: Args, base: Base) -> Kept | None:
 
 def fit_micro_batch(job: Job, memory: float | None) -> MicroBatch:
     """How steps are cut on a GPU with `memory` bytes for the run; None for a CPU."""
-    longest, tokens = job.data.longest, job.args.tokens
+    longest, tokens, lengths = job.data.longest, job.args.tokens, job.data.dataset.lengths
     if job.args.micro_batch_size:  # packs of so many rows do not depend on a number of tokens
-        tokens = int(job.data.dataset.lengths[largest_pack(job, MicroBatch(longest))].sum())
-    return choose_micro_batch(recipe_of(job), longest, memory, kept_of(job.args, job.base), tokens)
+        tokens = int(lengths[largest_pack(job, MicroBatch(longest))].sum())
+    steps = [int(lengths[indices].sum()) for _, indices in job.plan[:SAMPLED_STEPS]]
+    return choose_micro_batch(recipe_of(job), longest, memory, kept_of(job.args, job.base), tokens, steps)
 
 
 def step_packs(job: Job, micro: MicroBatch, indices: Sequence[int]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from litlora.ops.attention import View
 
 Keep = Literal["all", "lean", "input"]  # for the backward pass: lean: no norms, no SwiGLU; input: nothing else
 LOGITS_BYTES = 256 * 2**20  # fp32 logits held at a time
-TILE = 9216  # tokens of an MLP at a time where its backward pass works everything out again: the longest pack of `auto`
+TILE = 9216  # tokens of an MLP at a time where its backward pass works everything out again
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
