@@ -29,6 +29,7 @@ from litlora.transfer import on_device
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 320, 384, 448, 512)  # of captured batches
 WORKING_MEMORY = 1e9  # bytes of the card that the cache leaves for activations
 PATIENCE = 8  # steps in larger batches than needed before a smaller one is captured, which costs about what they waste
+PATIENCE_FEW = 100  # before `FewRows` is made for a smaller one: its kernels are others, and may not be compiled yet
 SAMPLING_MEMORY = 32  # and for sampling, by slot and word of the vocabulary: eight fp32 copies of the logits
 
 
@@ -125,7 +126,7 @@ class Captured:
         larger = [other for other in self.graphs if other > size]
         if not larger or size in self.forwards:
             return size
-        self.oversized = (self.oversized + 1) % (PATIENCE + 1)
+        self.oversized = (self.oversized + 1) % ((PATIENCE_FEW if size <= MOST_ROWS else PATIENCE) + 1)
         return min(larger) if self.oversized else size
 
     def run(self, size: int, state: State) -> None:

@@ -404,7 +404,7 @@ def test_generated_text_fed_back_has_the_same_probabilities(
     """Token by token, rows leaving at the context's end and by a stop id, beyond the window: what one pass over the
     whole text computes in the same dtype, both held to fp32."""
     monkeypatch.setattr(decode_graph, "few_rows_wanted", lambda model: few)
-    monkeypatch.setattr(decode_graph, "PATIENCE", 0)
+    monkeypatch.setattr(decode_graph, "PATIENCE_FEW", 0)
     shape: dict[str, Any] = {"sliding_windows": (16, None), "max_position_embeddings": 128}
     models = {dtype: build(dtype, None, None, **shape) for dtype in {DTYPES[0], torch.float32}}
     last: list[Tensor] = []
@@ -446,8 +446,10 @@ def test_generated_text_fed_back_has_the_same_probabilities(
 
 
 def test_a_batch_that_shrinks_has_a_graph_captured_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps in larger batches than needed count together, whatever size each would have needed."""
+    """Steps in larger batches than needed count together, whatever size each would have needed; of what takes other
+    kernels, more of them."""
     monkeypatch.setattr(decode_graph, "PATIENCE", 3)
+    monkeypatch.setattr(decode_graph, "PATIENCE_FEW", 5)
     engine = Captured.__new__(Captured)
     engine.graphs, engine.forwards, engine.oversized = {}, {}, 0
 
@@ -457,9 +459,10 @@ def test_a_batch_that_shrinks_has_a_graph_captured_now_and_then(monkeypatch: pyt
         engine.graphs[size] = cast(Any, None)
         return size
 
-    assert [step(rows) for rows in (60, 30, 15, 7, 3)] == [64, 64, 64, 64, 4]
-    assert [step(rows) for rows in (5, 3, 30, 2, 1)] == [64, 4, 64, 4, 1], "4 is there; 1 is captured in its turn"
-    assert [step(rows) for rows in (100, 60, 4)] == [128, 64, 4], "a batch that grows never waits"
+    assert [step(rows) for rows in (300, 250, 190, 120, 60)] == [320, 320, 320, 320, 64]
+    assert [step(rows) for rows in (60, 30, 15, 7, 3)] == [64, 64, 64, 64, 64]
+    assert [step(rows) for rows in (3, 3, 5, 3)] == [64, 4, 64, 4], "4 is there"
+    assert [step(rows) for rows in (200, 400, 60, 4)] == [320, 448, 64, 4], "a batch that grows never waits"
 
 
 @pytest.mark.skipif(not CUDA, reason="no CUDA GPU")
@@ -487,6 +490,7 @@ def test_captured_or_not_gives_the_same_text(
 def test_a_shrinking_batch_is_captured_without_having_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16: bit for bit what the same steps give uncaptured, through one size after the other."""
     monkeypatch.setattr(decode_graph, "PATIENCE", 0)
+    monkeypatch.setattr(decode_graph, "PATIENCE_FEW", 0)
     model = build(torch.bfloat16, None, None)
     prompts, settings = prompts_of(*(5 + 7 * i % 40 for i in range(150))), {"stop_ids": range(3, 9)}
     seen: list[tuple[int, bool]] = []
