@@ -63,7 +63,7 @@ class Run:
         count = rows or setting.batch_size * (setting.warmup + setting.steps)
         self.data = random_rows(count, self.config.vocab_size, setting.length)
         self.micro = self.cut(decoder)
-        self.row |= {"micro_batch_tokens": self.micro.tokens, "recomputed": self.micro.blocks > 0}
+        self.row |= {"micro_batch_tokens": self.micro.tokens, "recomputed": self.micro.recomputed > 0}
         self.row |= {"kept": self.micro.describe(self.config.num_hidden_layers)}
         self.row["trainable"] = sum(p.numel() for p in parameters)
 

@@ -47,10 +47,22 @@ class MicroBatch:
     def kept(self) -> Kept:
         return Kept(self.policy, self.blocks)
 
+    @property
+    def recomputed(self) -> int:
+        """Blocks of which only the input is kept."""
+        return self.blocks if self.policy in ("full", "offload") else 0
+
+    def lean(self, layers: int) -> int:
+        """Blocks that keep all but norms and SwiGLU, of so many."""
+        return {"none": 0, "selective": self.blocks or layers}.get(self.policy, layers - self.blocks)
+
     def describe(self, layers: int) -> str:
         """What is kept, for people."""
-        if self.policy in ("none", "selective"):
-            return {"none": "everything kept", "selective": "norms and SwiGLU recomputed"}[self.policy]
+        if self.policy == "none":
+            return "everything kept"
+        if self.policy == "selective":
+            some = f" of {self.blocks} of {layers} blocks" if 0 < self.blocks < layers else ""
+            return f"norms and SwiGLU{some} recomputed"
         inputs = ", their inputs in the host's memory" if self.policy == "offload" else ""
         if self.blocks == layers:
             return f"all blocks recomputed{inputs}"
@@ -112,16 +124,18 @@ class Recipe:
         adapter, item = self.adapter_parameters, self.compute.itemsize
         own = self.lora_dtype.itemsize
         widths, hidden = self.widths, item * self.config.hidden_size
-        whole = self.config.num_hidden_layers - micro.blocks  # blocks that keep what their backward pass reads
-        copies = 0 if self.lora_dtype == self.compute else item * whole / self.config.num_hidden_layers
-        kept, wide = (widths.all, widths.wide) if micro.policy == "none" else (widths.lean, widths.wide_lean)
-        on_card = min(micro.blocks, 3) if micro.policy == "offload" else micro.blocks  # 3: in use, and under way
-        per_token = on_card * hidden + item * whole * kept + 3 * hidden
+        layers, lean = self.config.num_hidden_layers, micro.lean(self.config.num_hidden_layers)
+        whole = layers - micro.recomputed  # blocks that keep what their backward pass reads
+        copies = 0 if self.lora_dtype == self.compute else item * whole / layers
+        kept = lean * widths.lean + (whole - lean) * widths.all
+        on_card = min(micro.blocks, 3) if micro.policy == "offload" else micro.recomputed  # 3: in use, and under way
+        per_token = on_card * hidden + item * kept + 3 * hidden
+        wide = widths.wide_lean if lean == whole else widths.wide  # of the last block, the first to go back
         block = float(item * wide * micro.tokens if whole else 0)
-        if micro.blocks:  # when the first of these goes through its backward pass, what the others kept is gone
+        if micro.recomputed:  # when the first of these goes through its backward pass, what the others kept is gone
             tile = micro.tokens / math.ceil(micro.tokens / TILE)
             recomputed = max(widths.attention * micro.tokens + widths.tile * tile, widths.flash * micro.tokens)
-            block = max(block, item * (recomputed - whole * kept * micro.tokens))
+            block = max(block, item * (recomputed - kept * micro.tokens))
         logits = min(LOGITS_BYTES, micro.tokens * item * self.config.vocab_size)
         return Footprint(
             weights=self.weight_bytes - self.constant_bytes,

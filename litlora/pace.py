@@ -6,6 +6,7 @@ need to be efficient. The constants were fitted to an H100's steps (benchmarks/R
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -52,14 +53,13 @@ def seconds_per_token(recipe: Recipe, micro: MicroBatch, card: Card = H100) -> f
     head_out, head_in = shapes.pop("lm_head")
     block = sum(out * inn for out, inn in shapes.values())
     layers = config.num_hidden_layers
-    weights, head, again = block * layers, head_out * head_in, micro.blocks / layers
+    weights, head, again = block * layers, head_out * head_in, micro.recomputed / layers
     share = 1 - config.hidden_size * config.intermediate_size / block  # of a block: its last product is left out
     fp8 = FP8 if recipe.quantize == "fp8" else 1.0
     flop = (4 + 2 * again * share) * weights / fp8 + 4 * head + ADAPTER * recipe.adapter_parameters
     widths, item = recipe.widths, recipe.compute.itemsize
     moved = PASSES * (1 + again / 2) * widths.all
-    if micro.policy != "none":
-        moved += 2 * (widths.all - widths.lean)
+    moved += 2 * (widths.all - widths.lean) * (micro.lean(layers) + micro.recomputed) / layers
     per_token = flop / card.matmul * (1 + HALF / tokens) + item * layers * moved / card.memory
     if recipe.quantize:  # made wide, or turned round, once a pass through the weights
         per_token += _unpacking(recipe, micro) * weights / card.memory / tokens
@@ -70,7 +70,7 @@ def seconds_per_token(recipe: Recipe, micro: MicroBatch, card: Card = H100) -> f
 
 def _unpacking(recipe: Recipe, micro: MicroBatch) -> float:
     """Bytes a weight and micro-batch."""
-    again = micro.blocks / recipe.config.num_hidden_layers
+    again = micro.recomputed / recipe.config.num_hidden_layers
     assert recipe.quantize is not None
     if recipe.quantize == "fp8":
         return 2.0  # read and written, for the backward pass alone
@@ -92,7 +92,8 @@ def choose_micro_batch(
     if memory is None:
         kept = kept or Kept()
         return MicroBatch(max(tokens or CPU_TOKENS, longest), kept.policy, kept.blocks)
-    ways = [("none", 0), ("selective", 0), *(("full", blocks) for blocks in range(1, layers + 1)), ("offload", layers)]
+    some = range(1, layers + 1)
+    ways = [("none", 0), *itertools.product(("selective", "full"), some), ("offload", layers)]
     if kept is not None:
         ways = [(kept.policy, kept.blocks)]
     found = list(_fitting(recipe, longest, memory, ways, tokens))
@@ -125,7 +126,7 @@ def seconds_of_run(recipe: Recipe, micro: MicroBatch, packs: Sequence[npt.NDArra
     for lengths in packs:
         tokens = int(lengths.sum())
         total += tokens * seconds_per_token(recipe, replace(micro, tokens=tokens), card)
-        total += attention_flop(recipe.config, lengths, micro.blocks) / (ATTENTION * card.matmul)
+        total += attention_flop(recipe.config, lengths, micro.recomputed) / (ATTENTION * card.matmul)
     return total
 
 

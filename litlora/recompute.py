@@ -21,8 +21,9 @@ POLICIES = ("none", "selective", "full", "offload")  # each keeps less on the ca
 
 @dataclass(frozen=True)
 class Kept:
-    """`none`: everything is kept. `selective`: all but norms and SwiGLU. `full`: of the first `blocks` only the input,
-    of the others as `selective`. `offload`: as `full`, but the inputs wait in the host's memory."""
+    """`none`: everything is kept. `selective`: of the first `blocks`, or of all where that is 0, all but norms and
+    SwiGLU. `full`: of the first `blocks` only the input, of the others as `selective`. `offload`: as `full`, but the
+    inputs wait in the host's memory."""
 
     policy: str = "none"
     blocks: int = 0
@@ -30,13 +31,11 @@ class Kept:
     @classmethod
     def parse(cls, text: str, layers: int) -> Kept | None:
         """A policy, for all of a model's `layers` or, as `full:20`, for so many blocks. None where it is none."""
-        found = re.fullmatch(r"(none|selective)|(full|offload)(?::([1-9]\d{0,5}))?", text)
+        found = re.fullmatch(r"none|(selective|full|offload)(?::([1-9]\d{0,5}))?", text)
         if found is None:
             return None
-        if found[1]:
-            return cls(found[1])
-        blocks = int(found[3] or layers)
-        return cls(found[2], blocks) if blocks <= layers else None
+        blocks = int(found[2] or layers)
+        return None if blocks > layers else cls(found[1], blocks) if found[1] else cls()
 
     def text(self, layers: int) -> str:
         """What `parse` takes."""
@@ -52,10 +51,11 @@ class Runner:
 
     def __call__(self, block: nn.Module, x: Tensor, *rest: Any) -> Tensor:
         self.number += 1
-        if self.number <= self.kept.blocks:
-            return self._recomputed(block, x, *rest)
-        if self.kept.policy == "none":
+        policy, first = self.kept.policy, self.number <= self.kept.blocks
+        if policy == "none" or (policy == "selective" and self.kept.blocks and not first):
             return block(x, *rest)  # type: ignore[no-any-return]
+        if first and policy != "selective":
+            return self._recomputed(block, x, *rest)
         if self.masks is None:  # dropout draws from torch's generators, whose state is kept for the second time
             return checkpoint(block, x, *rest, use_reentrant=False, context_fn=_without_products)  # type: ignore[no-any-return]
         return block(x, *rest, keep="lean")  # type: ignore[no-any-return]

@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -16,10 +20,10 @@ from litlora.frozen import QUANTIZERS, make_quantizer
 from litlora.load import RandomWeights, load_model
 from litlora.lora import FLAG_TARGETS, LoRA, adapt, lora_parameters
 from litlora.model import CausalLoss
-from litlora.ops import reference
+from litlora.ops import Masks, reference
 from litlora.ops.attention import Ragged
 from litlora.packing import IGNORED, Batch
-from litlora.recompute import Kept
+from litlora.recompute import Kept, Runner
 from litlora.sequences import Packed
 
 V, C = 37, 16
@@ -164,7 +168,32 @@ def batch_of(lengths: list[int], vocab: int = V) -> Batch:
 
 
 EVERYTHING = tuple(leaf for leaves in FLAG_TARGETS.values() for leaf in leaves)
-LESS = [Kept("selective"), Kept("full", 1), Kept("full", 2), Kept("offload", 2)]
+LESS = [Kept("selective"), Kept("selective", 1), Kept("full", 1), Kept("full", 2), Kept("offload", 2)]
+
+
+@pytest.mark.parametrize(
+    ("kept", "wanted"),
+    [
+        (Kept(), ["all", "all", "all"]),
+        (Kept("selective"), ["lean", "lean", "lean"]),
+        (Kept("selective", 2), ["lean", "lean", "all"]),
+        (Kept("full", 1), ["input", "lean", "lean"]),
+        (Kept("offload", 3), ["input", "input", "input"]),
+    ],
+)
+def test_what_each_block_keeps(kept: Kept, wanted: list[str]) -> None:
+    assert Kept.parse(kept.text(3), 3) in (kept, replace(kept, blocks=3))
+    seen = []
+
+    def block(x: Tensor, keep: str = "all") -> Tensor:
+        seen.append(keep)
+        return x * 2
+
+    masks = SimpleNamespace(recompute=nullcontext)  # of operations that do most of it themselves
+    run, x = Runner(kept, cast(Masks, masks)), torch.ones(1, requires_grad=True)
+    for _ in wanted:
+        x = run(cast(nn.Module, block), x)
+    assert seen == wanted
 
 
 def hold_to_plain(

@@ -30,8 +30,9 @@ class Args(DataArgs):
         micro_batch_tokens: tokens per micro-batch; auto: as many as the free memory holds and the card makes use of
         micro_batch_size: examples per micro-batch, instead of micro_batch_tokens
         activation_checkpointing: what the backward pass works out again instead of keeping it: none; selective: norms
-            and SwiGLU; full: every block (full:20: the first 20, of the others as selective); offload, offload:20: so,
-            with the blocks' inputs in the host's memory; auto: the fastest that fits
+            and SwiGLU (selective:20: of the first 20 blocks); full: every block (full:20: the first 20, of the others
+            as selective); offload, offload:20: so, with the blocks' inputs in the host's memory; auto: the fastest
+            that fits
         epochs: passes over the data
         max_steps: optimizer steps at most
         weight_decay: AdamW's or SGD's, on all adapter weights

@@ -148,7 +148,7 @@ def kept_of(args: Args, base: Base) -> Kept | None:
         return None
     kept = Kept.parse(text, layers)
     if kept is None:
-        wanted = f"auto, none, selective, full, offload, or full:N, offload:N with N up to {layers} blocks"
+        wanted = f"auto, none, selective, full, offload, or one of the last three with :N, N up to {layers} blocks"
         raise InputError("not a way to keep activations", where="--activation_checkpointing", got=text, wanted=wanted)
     return kept
 

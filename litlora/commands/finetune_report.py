@@ -42,7 +42,7 @@ class Measures:
     def of(
         cls, config: ModelConfig, modules: Mapping[str, LoRALinear], micro: MicroBatch, precision: RunPrecision
     ) -> Measures:
-        flops = StepFlops.of(config, modules, recomputed=micro.blocks)
+        flops = StepFlops.of(config, modules, recomputed=micro.recomputed)
         return cls(Deltas(modules), flops, matmul_rate(precision.device, precision.compute))
 
     def weight_changes(self) -> dict[str, float | None]:
