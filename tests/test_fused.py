@@ -282,13 +282,14 @@ def test_what_is_put_on_top_and_rotated_is_rounded_in_between(
 
 
 def attention_of(
-    ranks: Sequence[int], dtype: torch.dtype, *, heads: int = 4, bias: bool = False, dropout: float = 0.0
-) -> tuple[list[nn.Module], tuple[Any, ...], Tensor, Tensor]:
-    """q, k and v in fp8, side by side; cos, sin and view; x and the norm's weight."""
+    ranks: Sequence[int], dtype: torch.dtype, *, heads: int = 4, bias: bool = False, dropout: float = 0.0,
+    base: str | None = "fp8",
+) -> tuple[list[nn.Module], tuple[Any, ...], Tensor, Tensor]:  # fmt: skip
+    """q, k and v, side by side if they can be; cos, sin and view; x and the norm's weight."""
     size, lengths = 32, [1, 64, 0, 25]
     outs = (heads * size, 2 * size, 2 * size)
     modules = [
-        linear(128, out, r, dtype, base="fp8", bias=bias, dropout=dropout) for out, r in zip(outs, ranks, strict=True)
+        linear(128, out, r, dtype, base=base, bias=bias, dropout=dropout) for out, r in zip(outs, ranks, strict=True)
     ]
     join([getattr(module, "base_layer", module) for module in modules])
     for number, module in enumerate(modules):
@@ -330,7 +331,7 @@ def test_attention_in_fp8_is_its_pieces(
     ours = run(FUSED)
     assert len(at_once) == 1
     assert at_once[0] == (256 if CUDA and torch.cuda.get_device_capability() >= (8, 9) else 128), "not one product"
-    monkeypatch.setattr(fused_attention, "_puts_on_top", lambda parts: False)
+    monkeypatch.setattr(fused_attention, "_puts_on_top", lambda *_: False)
     pieces = run(FUSED)
     assert len(at_once) == 1
     assert len(short) == 2
@@ -384,11 +385,32 @@ def test_what_cannot_be_one_operation_is_its_pieces(short: list[torch.dtype], at
                 assert far([mine], [theirs]) < 1e-5
     assert not at_once
     assert len(short) == 3
-    modules, rest, x, weight = attention_of((8, 8, 8), dtype)
+
+
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (8, 0, 64)])
+@pytest.mark.parametrize("base", [None, "bnb.nf4", "fp8"])
+def test_attention_without_gradients_is_its_pieces(
+    base: str | None, ranks: tuple[int, ...], short: list[torch.dtype], at_once: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    modules, rest, x, weight = attention_of(ranks, dtype, base=base)
+    joined = 256 if base is None or (CUDA and base == "fp8") else 128
+    ours = []
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            FUSED.norm_attend(x, weight, 1e-5, modules, None, *rest, "all")
-    assert not at_once, "nobody goes back through it"
+            ours += FUSED.norm_attend(x, weight, 1e-5, modules, None, *rest, "all")
+    assert at_once == [joined] * 2
+    assert torch.equal(ours[0], x)
+    with torch.no_grad():
+        plain = PLAIN.norm_attend(x, weight, 1e-5, modules, None, *rest)[1]
+        monkeypatch.setattr(fused_attention, "_puts_on_top", lambda *_: False)
+        pieces = FUSED.norm_attend(x, weight, 1e-5, modules, None, *rest, "all")[1]
+    assert len(at_once) == 2
+    assert far([ours[1]], [pieces]) < (1e-2 if CUDA else 1e-6)
+    assert far([ours[3]], [ours[1]]) == 0
+    if not CUDA:
+        assert far([ours[1]], [plain]) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -157,7 +157,7 @@ def low_rank_gradients(dy: Tensor, z: Tensor, b: Tensor, dz: Tensor, scale: floa
     wide = dy.dtype != torch.float32
     tile, block, r = 256 if wide else 64, 64, max(16, power(rank))
     tiles = triton.cdiv(rows, tile)
-    share = triton.cdiv(triton.cdiv(size, triton.cdiv(GRADIENT_PROGRAMS, tiles)), block) * block
+    share = triton.cdiv(triton.cdiv(size, max(1, GRADIENT_PROGRAMS // tiles)), block) * block
     splits = triton.cdiv(size, share)
     dz_parts = torch.empty(splits, rows, rank, dtype=torch.float32, device=dy.device)
     db_parts = torch.empty(tiles, size, rank, dtype=torch.float32, device=dy.device)
@@ -174,7 +174,7 @@ def low_rank_gradients(dy: Tensor, z: Tensor, b: Tensor, dz: Tensor, scale: floa
     return db
 
 
-GRADIENT_PROGRAMS = 264  # two for each multiprocessor of an H100
+GRADIENT_PROGRAMS = 264  # two for each multiprocessor of an H100, as many as have room there: a few more wait for all
 
 
 # ---------------------------------------------------------------- dropout before the low rank
