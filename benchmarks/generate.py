@@ -63,6 +63,7 @@ class Model:
     """What is generated from, and what it should reach on one H100 80 GB."""
 
     quantize: str | None = None
+    quantize_head: bool = False
     lora: LoRA | None = None
     measures: tuple[str, ...] = ("decode", "steps")
     pdl: bool = True
@@ -78,6 +79,7 @@ MODELS = {
     "bf16-all": Model(lora=ALL, measures=("decode",)),
     "nf4": Model("bnb.nf4", measures=("decode",), goal_speed=420, goal_gb=4.6),
     "nf4dq": Model("bnb.nf4-dq", goal_speed=420, goal_gb=4.6),
+    "nf4dq-head": Model("bnb.nf4-dq", quantize_head=True, measures=("decode",)),
     "fp8": Model("fp8", measures=("decode",), goal_share=0.80),
     "bf16-no-pdl": Model(measures=("decode",), pdl=False),
     "nf4dq-no-pdl": Model("bnb.nf4-dq", measures=("decode",), pdl=False),
@@ -103,7 +105,10 @@ class Bench:
         reset_peak_memory(self.device)
         weights = RandomWeights(self.config, torch.bfloat16, self.device)
         ops = fastest(self.device)[0]
-        self.model = load_model(weights, precision.quantizer, dtype=precision.dtype, device=self.device, ops=ops)
+        self.model = load_model(
+            weights, precision.quantizer, dtype=precision.dtype, device=self.device, ops=ops,
+            quantize_head=model.quantize_head,
+        )  # fmt: skip
         if model.lora:
             adapt(self.model, model.lora)
             for module in lora_modules(self.model).values():
