@@ -23,7 +23,8 @@ from litlora.transfer import on_device, on_its_way
 
 __all__ = ["Sampling", "check_prompts", "generate", "room"]
 
-PREFILL_TOKENS = 8192  # prompts go through the model together up to this many tokens: bounds the activations
+PREFILL_TOKENS = 8192  # prompts go through the model together up to this many tokens: more are no faster
+PREFILL_MEMORY = 7e8  # or to what takes so many bytes at the MLP, the widest moment
 CONTINUED_TOKENS = 2048  # of a prompt longer than that, beyond its first piece
 
 
@@ -183,6 +184,9 @@ class _Rows:
         self.capacities = [len(prompt) + left - 1 for prompt, left in zip(prompts, limits, strict=True)]
         self.stale = False  # whether the device's numbers are not ours
         self.settings = (vocabulary, sampling)
+        config, item = model.config, model.model.embed_tokens.weight.element_size()
+        width = 3 * config.intermediate_size + 2 * config.hidden_size
+        self.at_once = max(1, min(PREFILL_TOKENS, int(PREFILL_MEMORY / (item * width))))  # tokens of prompts
 
     def start(self) -> None:
         """Takes the memory, when the first prompt needs it. Raises InputError where there is too little."""
@@ -220,11 +224,11 @@ class _Rows:
         return self.reading(rows, slots)
 
     def groups(self, rows: list[int]) -> Iterator[list[int]]:
-        """Rows in order, as many at a time as PREFILL_TOKENS hold, and at least one."""
+        """Rows in order, as many at a time as `at_once` holds, and at least one."""
         group: list[int] = []
         tokens = 0
         for row in rows:
-            if group and tokens + len(self.ids[row]) > PREFILL_TOKENS:
+            if group and tokens + len(self.ids[row]) > self.at_once:
                 yield group
                 group, tokens = [], 0
             group.append(row)
@@ -232,16 +236,16 @@ class _Rows:
         yield group
 
     def last_hidden(self, rows: list[int]) -> Tensor:
-        """(rows, C) of the prompts' last tokens. A prompt longer than PREFILL_TOKENS is alone, and goes in pieces."""
+        """(rows, C) of the prompts' last tokens. A prompt longer than `at_once` is alone, and goes in pieces."""
         cache, engine = self.engine.cache, self.engine
-        pieces = [self.ids[row][:PREFILL_TOKENS] for row in rows]
+        pieces = [self.ids[row][: self.at_once] for row in rows]
         places = [engine.places(row, 0, len(piece)) for row, piece in zip(rows, pieces, strict=True)]
         hidden: Tensor = self.model(
             self.to_device([i for piece in pieces for i in piece]), Prefill(cache, places, self.device)
         )
         lengths, prompt, first = [len(piece) for piece in pieces], self.ids[rows[0]], len(pieces[0])
         while first < len(prompt):
-            piece = prompt[first : first + min(CONTINUED_TOKENS, PREFILL_TOKENS)]
+            piece = prompt[first : first + min(CONTINUED_TOKENS, self.at_once)]
             where = engine.places(rows[0], 0, first + len(piece))
             hidden = self.model(self.to_device(piece), Continuation(cache, where, first, self.device))
             first, lengths = first + len(piece), [len(piece)]

@@ -133,14 +133,30 @@ def test_rows_take_the_places_of_those_that_end(
     assert sum(widths) < sum(map(len, alone)) + (len(prompts) if late else 0), "no row is written on after its end"
 
 
-def test_a_long_prompt_in_pieces_is_the_whole(families: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bound", ["tokens", "memory"])
+def test_a_long_prompt_in_pieces_is_the_whole(
+    families: dict[str, Decoder], monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
     """Windows and rope boundaries lie between the pieces, and within them."""
-    prompts = prompts_of((100, 3, 64))
+    prompts, seen = prompts_of((100, 3, 64)), []
+    prefill = decode.Prefill
+
+    def spy(cache: Any, places: Any, device: Any) -> Any:
+        seen.append(sum(map(len, places)))
+        return prefill(cache, places, device)
+
     for model in families.values():
         whole = texts(model, prompts, Sampling(), 12)
-        monkeypatch.setattr(decode, "PREFILL_TOKENS", 32)
+        width = 3 * model.config.intermediate_size + 2 * model.config.hidden_size
+        if bound == "tokens":
+            monkeypatch.setattr(decode, "PREFILL_TOKENS", 32)
+        else:
+            monkeypatch.setattr(decode, "PREFILL_MEMORY", 32.5 * 4 * width)
         monkeypatch.setattr(decode, "CONTINUED_TOKENS", 9)
+        monkeypatch.setattr(decode, "Prefill", spy)
+        seen.clear()
         assert texts(model, prompts, Sampling(), 12) == whole
+        assert seen == [32, 3, 32]
         monkeypatch.undo()
 
 
