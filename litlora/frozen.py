@@ -49,7 +49,16 @@ class FrozenLinear(nn.Module):
 
     def mm_each(self, others: Sequence[FrozenLinear], x: Any) -> list[Tensor]:
         """`mm` of this linear and `others` of its format, x as prepared; rows (N, O_j) may be strided."""
-        return [linear.mm(x) for linear in (self, *others)]
+        linears = (self, *others)
+        whole = [_joined([getattr(linear, name) for linear in linears]) for name in self.joins]
+        y = self.times(x, *whole) if whole and all(part is not None for part in whole) else None
+        if y is None:
+            return [linear.mm(x) for linear in linears]
+        return list(y.split([linear.out_features for linear in linears], dim=1))
+
+    def times(self, x: Any, *joined: Any) -> Tensor | None:
+        """`mm` with these tensors for its own `joins`; None where that is no single product."""
+        return None
 
     def sum_mm_t(self, others: Sequence[FrozenLinear], gradients: Sequence[Tensor], add: Tensor | None) -> Tensor:
         """The gradient (N, I) of what this linear and `others` read: the sum of each `mm_t`."""
@@ -110,12 +119,9 @@ class DenseLinear(FrozenLinear):
     def mm(self, x: Tensor, add: Tensor | None = None) -> Tensor:
         return _product(x, self.weight.to(x.dtype).t(), add)
 
-    def mm_each(self, others: Sequence[FrozenLinear], x: Any) -> list[Tensor]:
-        linears = (self, *others)
-        weight = _joined([linear.weight for linear in linears if isinstance(linear, DenseLinear)])
-        if weight is None:
-            return super().mm_each(others, x)
-        return list((x @ weight.to(x.dtype).t()).split([linear.out_features for linear in linears], dim=1))
+    def times(self, x: Any, *joined: Any) -> Tensor | None:
+        (weight,) = joined
+        return _product(x, weight.to(x.dtype).t(), None)
 
     def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
         return _product(gradient, self.weight.to(gradient.dtype), add)
@@ -269,14 +275,11 @@ class Fp8Linear(FrozenLinear):
         rounded, rows = x
         return _fp8_product(rounded, rows, self.weight.t(), self.scales[None], self.dtype, add)
 
-    def mm_each(self, others: Sequence[FrozenLinear], x: Any) -> list[Tensor]:
-        linears = [self, *(other for other in others if isinstance(other, Fp8Linear))]
-        weight, scales = (_joined([getattr(linear, name) for linear in linears]) for name in ("weight", "scales"))
-        if weight is None or scales is None or not self.rounds:
-            return super().mm_each(others, x)
-        rounded, rows = x
-        y = _fp8_product(rounded, rows, weight.t(), scales[None], self.dtype, None)
-        return list(y.split([linear.out_features for linear in linears], dim=1))
+    def times(self, x: Any, *joined: Any) -> Tensor | None:
+        if not self.rounds:
+            return None
+        (rounded, rows), (weight, scales) = x, joined
+        return _fp8_product(rounded, rows, weight.t(), scales[None], self.dtype, None)
 
     def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
         return self.sum_mm_t((), (gradient,), add)

@@ -354,12 +354,15 @@ def test_products_that_lie_side_by_side_are_taken_as_they_are(
         y = FUSED.norm_attend(x, weight, 1e-5, modules, None, *rest, "all")
         return backward(y, [x, *trained(*modules)])
 
+    def apart(first: Any, others: Any, x: Any) -> list[Tensor]:
+        return [linear.mm(x) for linear in (first, *others)]
+
     def as_slices(first: Any, others: Any, x: Any) -> list[Tensor]:
-        whole = torch.cat([linear.mm(x) for linear in (first, *others)], dim=1)
+        whole = torch.cat(apart(first, others, x), dim=1)
         return list(whole.split([linear.out_features for linear in (first, *others)], dim=1))
 
     results = []
-    for each in (FrozenLinear.mm_each, as_slices):
+    for each in (apart, as_slices):
         monkeypatch.setattr(Fp8Linear, "mm_each", each)
         results.append(run())
     assert at_once == [128, 256]
