@@ -20,12 +20,12 @@ from litlora.recompute import Kept
 
 CPU_TOKENS = 2048  # enough for the products' speed, small enough for the caches
 GPU_TOKENS = 18432  # 128 rows of Alpaca, 16,340 tokens on average, are one such pack, or two in a step of twenty
-START = 5e-4  # seconds a block and micro-batch: launches that the card waits for, sums that are made once
-HALF = 325  # tokens at which products reach half of their rate
-PASSES = 8.0  # of what blocks keep through the memory: everything but products, forward and backward
+START = 4e-4  # seconds a block and micro-batch: launches that the card waits for, sums that are made once
+HALF = 250  # tokens at which products reach half of their rate
+PASSES = 8.5  # of what blocks keep through the memory: everything but products, forward and backward
 ATTENTION = 0.5  # of the rate of products, over long rows; what short ones take is in PASSES
 FP8 = 1.71  # times the 16-bit rate of products, rounding included
-ADAPTER = 16  # FLOP a parameter, as if at the rate of large products: 6 of them, thin ones
+ADAPTER = 20  # FLOP a parameter, as if at the rate of large products: 6 of them, thin ones
 
 
 @dataclass(frozen=True)
