@@ -876,7 +876,7 @@ flags((FINETUNE,), {"micro_batch_tokens": 64, "micro_batch_size": 2}, "micro-bat
 flags(DATA, {"on_overlong": "cut"}, "--on_overlong", "cut", "truncate")
 flags(DATA, {"data": "alpacca"}, "--data", "alpacca", "dolly")
 flags((FINETUNE,), {"activation_checkpointing": "lean"}, "--activation_checkpointing", "lean", "selective")
-flags((FINETUNE,), {"activation_checkpointing": "full:7"}, "--activation_checkpointing", "full:7", "up to 2 blocks")
+flags((FINETUNE,), {"activation_checkpointing": "full:7"}, "--activation_checkpointing", "full:7", "1 to 2 blocks")
 flags((FINETUNE,), {"optimizer": "adan"}, "--optimizer", "adan", "adamw_8bit")
 flags((FINETUNE,), {"lr_schedule": "cosin"}, "--lr_schedule", "cosin", "linear")
 flags((FINETUNE,), {"lora_r": "eight"}, "--lora_r", "eight", "int")

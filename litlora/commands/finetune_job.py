@@ -148,18 +148,24 @@ def kept_of(args: Args, base: Base) -> Kept | None:
         return None
     kept = Kept.parse(text, layers)
     if kept is None:
-        wanted = f"auto, none, selective, full, offload, or one of the last three with :N, N up to {layers} blocks"
+        wanted = f"auto, none, selective, full, offload, or one of the last three with :N, N from 1 to {layers} blocks"
         raise InputError("not a way to keep activations", where="--activation_checkpointing", got=text, wanted=wanted)
     return kept
 
 
 def fit_micro_batch(job: Job, memory: float | None) -> MicroBatch:
     """How steps are cut on a GPU with `memory` bytes for the run; None for a CPU."""
-    longest, tokens, lengths = job.data.longest, job.args.tokens, job.data.dataset.lengths
+    longest, tokens = job.data.longest, job.args.tokens
     if job.args.micro_batch_size:  # packs of so many rows do not depend on a number of tokens
-        tokens = int(lengths[largest_pack(job, MicroBatch(longest))].sum())
-    steps = [int(lengths[indices].sum()) for _, indices in job.plan[:SAMPLED_STEPS]]
-    return choose_micro_batch(recipe_of(job), longest, memory, kept_of(job.args, job.base), tokens, steps)
+        tokens = int(job.data.dataset.lengths[largest_pack(job, MicroBatch(longest))].sum())
+    kept = kept_of(job.args, job.base)
+    return choose_micro_batch(recipe_of(job), longest, memory, kept, tokens, step_tokens(job, longest))
+
+
+def step_tokens(job: Job, longest: int) -> list[int]:
+    """Of the first steps, with rows of `longest` tokens at most."""
+    lengths = np.minimum(job.data.dataset.lengths, longest)
+    return [int(lengths[indices].sum()) for _, indices in job.plan[:SAMPLED_STEPS]]
 
 
 def step_packs(job: Job, micro: MicroBatch, indices: Sequence[int]) -> list[list[int]]:
@@ -247,6 +253,10 @@ def announce(job: Job) -> None:
         f"training: {len(data.train):,} rows, {data.train_tokens:,} tokens, {steps_of} "
         f"({per_epoch:,} an epoch); validation: {len(data.validation):,} rows"
     )
+    note_warmup(args, steps)
+
+
+def note_warmup(args: Args, steps: int) -> None:
     if args.warmup_steps >= steps:
         say(
             f"note: --warmup_steps {args.warmup_steps} is not less than the number of steps, {steps}: "

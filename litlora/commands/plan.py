@@ -18,6 +18,7 @@ from litlora.commands.finetune_job import (
     expected_footprint,
     fit_micro_batch,
     largest_pack,
+    note_warmup,
     prepare,
     recipe_of,
     step_packs,
@@ -26,7 +27,7 @@ from litlora.commands.proposals import Proposal, propose
 from litlora.errors import InputError
 from litlora.load import parameter_count
 from litlora.memory import SPARE, Footprint, MicroBatch, usable_memory
-from litlora.metrics import duration
+from litlora.metrics import duration, say
 from litlora.pace import Card, seconds_of_run
 
 CONTEXT = 0.6e9  # bytes of a card that CUDA itself takes
@@ -61,6 +62,9 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     memory = usable_of(args.gpu) if args.gpu is not None else usable_memory(cuda())
     flags = {"dry_run": True, "accelerator": "cpu", "precision": args.precision or "bf16-true", "resume": None}
     job = prepare(replace(args, **flags), given)  # type: ignore[arg-type]
+    if args.accelerator == "cpu":
+        say("note: this is the plan of a run on a GPU, whatever --accelerator says")
+    note_warmup(args, len(job.plan))
     # without a card to plan for, as one that holds everything
     micro = fit_micro_batch(job, memory if memory is not None else 1e15)
     plan = describe(job, expected_footprint(job, micro, largest_pack(job, micro)), micro, memory)
@@ -143,14 +147,16 @@ def text(plan: dict[str, Any]) -> Iterator[str]:
         f"model: {plan['model']}: {plan['parameters']:,} parameters, {plan['quantize'] or 'not quantized'}, "
         f"{plan['precision']}; {plan['trainable_parameters']:,} trainable"
     )
+    packs = round(plan["micro_batches_per_step"], 1)
     yield (
-        f"training: {plan['rows']:,} rows, the longest of {plan['longest_row']:,} tokens; {plan['steps']:,} steps, "
-        f"{plan['tokens']:,} tokens; {plan['micro_batches_per_step']:.1f} micro-batches of up to "
-        f"{plan['micro_batch_tokens']:,} tokens a step, {plan['kept']}"
+        f"training: {plan['rows']:,} rows, the longest of {plan['longest_row']:,} tokens; {plan['steps']:,} "
+        f"step{'s' * (plan['steps'] != 1)}, {plan['tokens']:,} tokens; {packs:.3g} "
+        f"micro-batch{'es' * (packs != 1)} of up to {plan['micro_batch_tokens']:,} tokens a step, {plan['kept']}"
     )
     yield "memory on the GPU, GB:"
     for name, size in plan["parts"].items():
-        yield f"  {size / 1e9:8.2f}  {NAMES[name]}"
+        if size or name != "constants":
+            yield f"  {size / 1e9:8.2f}  {NAMES[name]}"
     yield f"  {plan['peak'] / 1e9:8.2f}  peak"
     if plan["gpu"] is None:
         yield "no GPU in this machine: --gpu 24GB says whether it fits such a card"

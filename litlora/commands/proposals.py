@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from litlora.commands.finetune_job import Job, expected_footprint, largest_pack, recipe_of
+from litlora.commands.finetune_job import Job, expected_footprint, largest_pack, recipe_of, step_tokens
 from litlora.errors import InputError
 from litlora.memory import WORKSPACE, MicroBatch, usable_memory
 from litlora.pace import choose_micro_batch
@@ -26,7 +26,14 @@ class Proposal:
 
     changes: Mapping[str, Any]
     micro: MicroBatch
-    peak: float  # bytes
+    job: Job  # with the changes, but for rows that they cut
+
+    @property
+    def peak(self) -> float:
+        """Bytes; of the largest pack, as in the plan of these flags."""
+        if "max_seq_length" in self.changes:
+            return recipe_of(self.job).footprint(self.micro).peak
+        return expected_footprint(self.job, self.micro, largest_pack(self.job, self.micro)).peak
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -86,14 +93,16 @@ def _changes(job: Job) -> Iterator[dict[str, Any]]:
 
 def _fitted(job: Job, memory: float, own: Mapping[str, Any], changes: list[dict[str, Any]]) -> Proposal | None:
     together = {name: value for change in changes for name, value in change.items()}
-    args = replace(job.args, **together)
+    args = replace(job.args, **{**own, **together})
     lora = replace(job.lora, r=together.get("lora_r", job.lora.r))
     precision = RunPrecision(str(args.precision), args.quantize, job.device)
-    recipe = recipe_of(replace(job, args=args, lora=lora, precision=precision))
+    changed = replace(job, args=args, lora=lora, precision=precision)
+    recipe = recipe_of(changed)
     longest = min(job.data.longest, together.get("max_seq_length", job.data.longest))
-    micro = choose_micro_batch(recipe, longest, memory)
-    peak = recipe.footprint(micro).peak
-    return Proposal({**own, **together}, micro, peak) if peak <= memory else None
+    micro = choose_micro_batch(recipe, longest, memory, steps=step_tokens(job, longest))
+    if recipe.footprint(micro).peak > memory:
+        return None
+    return Proposal({**own, **together}, micro, changed)
 
 
 def out_of_memory(job: Job, micro: MicroBatch, *, weights: int, adapter: int) -> InputError:

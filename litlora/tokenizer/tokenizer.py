@@ -155,7 +155,7 @@ class Tokenizer:
                 "the model has no chat template",
                 where=self.path.parent,
                 wanted="chat_template in tokenizer_config.json, or chat_template.jinja",
-                fix="use --prompt_style alpaca, or a chat (instruct) model",
+                fix="a chat (instruct) model; rows that are no messages may take --prompt_style alpaca instead",
             )
         tokens: dict[str, Any] = dict(self._files.named)
         if self._files.extra_special:
