@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +35,7 @@ COMMANDS = {
     "download": "fetch a model from the Hugging Face hub",
     "convert": "make a Hugging Face directory of Meta's original checkpoint",
 }
+BARE = {"download": "REPO_ID ", "report": "DIRECTORY... "}  # what is given without a flag
 EPILOG = """Every command takes --help, --config FILE.yaml (flags override it), --print_config and --debug (tracebacks).
 `litlora completion` prints a script that completes commands and flags in bash and zsh."""
 # What a command may end with that is no bug: its message says all.
@@ -103,7 +105,8 @@ def _internal(error: BaseException) -> str:
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
-        raise
+        traceback.print_exc()
+        return code
     with contextlib.suppress(OSError, ValueError):  # nobody listens any more
         print(message, file=sys.stderr)
     return code
@@ -167,7 +170,7 @@ def make_parser(name: str, module: Any) -> Any:
         prog=f"litlora {name}",
         description=description.split("\n\n")[0],
         epilog="--debug shows the traceback of an error.",
-        usage=f"litlora {name} [--config FILE.yaml] [flags]",
+        usage=f"litlora {name} {BARE.get(name, '')}[--config FILE.yaml] [flags]",
         exit_on_error=False,
         allow_abbrev=False,
         default_env=False,
@@ -175,6 +178,7 @@ def make_parser(name: str, module: Any) -> Any:
     parser.add_argument("--config", action="config", help="a YAML file of these flags; flags given beside it win")
     # only download has an argument without a flag: litlora download REPO_ID
     parser.add_class_arguments(module.Args, None, as_positional=name == "download", sub_configs=False)
+    parser._action_groups[-1].title = "flags"  # else the description's first line once more
     return parser
 
 
