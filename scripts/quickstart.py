@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ BASE, TEST = Path("checkpoints/tiny"), Path("data/tiny_test.json")
 def litlora(*arguments: object) -> tuple[str, str]:
     """Runs one litlora command, shown as one would type it; returns what it wrote to stdout and to stderr."""
     words = [str(argument) for argument in arguments]
-    print(f"\n$ litlora {' '.join(words)}", flush=True)
+    print(f"\n$ litlora {shlex.join(words)}", flush=True)
     command = [sys.executable, "-m", "litlora", *words]
     # one thread: a second one makes so small a model 1.4 times as fast on an idle machine, several times slower on a
     # busy one
