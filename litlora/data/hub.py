@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from litlora.errors import InputError
+from litlora.metrics import say
 
 # Stanford's own repository on the hub has no JSON file any more; the cleaned set in the same shape is what the
 # articles' toolkit downloads too. LIMA is gated: its page asks for an account.
@@ -23,6 +25,8 @@ def fetch(data: str) -> Path:
     repo, name = HUB_FILES[data]
     from huggingface_hub import hf_hub_download
 
+    say(f"data: {name} of {repo}, from the hub or its cache")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try, of which there are many
     try:
         return Path(hf_hub_download(repo_id=repo, filename=name, repo_type="dataset"))
     except Exception as error:  # no common base class: HTTP, gated, offline, disk
