@@ -267,6 +267,18 @@ def test_rms_norm_and_rope_keep_the_dtype_of_x() -> None:
     torch.testing.assert_close(wide.norm(dim=-1), x.float().norm(dim=-1))  # a rotation keeps lengths
 
 
+def test_torchs_flash_attention_takes_what_varlen_gives_it() -> None:
+    """The operation is torch's own business: another torch may have it otherwise."""
+    schema = torch.ops.aten._flash_attention_forward.default._schema
+    given = [(argument.name, argument.kwarg_only) for argument in schema.arguments]
+    assert [name for name, by_name in given if not by_name] == [
+        "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal",
+        "return_debug_mask",
+    ]  # fmt: skip
+    assert {"window_size_left", "window_size_right"} <= {name for name, by_name in given if by_name}
+    assert [found.name for found in schema.returns][:2] == ["output", "softmax_logsumexp"]
+
+
 def test_attention_on_a_cpu_does_not_import_torchs_compiler() -> None:
     """It takes a second and 80 MB, in the middle of the first answer."""
     code = (
