@@ -202,10 +202,12 @@ def test_damaged_files_are_said_and_end_nothing(
 def test_what_is_no_run(tmp_path: Path, report: Report) -> None:
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
-    run = make_run(tmp_path / "run")
-    text, said = report(tmp_path / "notes.txt", tmp_path / "empty", run, f"{run}/")
+    run, around = make_run(tmp_path / "run"), tmp_path / "around"
+    inside = make_run(around / "inside")
+    text, said = report(tmp_path / "notes.txt", tmp_path / "empty", around, run, f"{run}/")
     assert len(cells(text, "Figures")) == 2  # once, however often it is named
-    assert f"not a finetuning run, left out: {tmp_path / 'empty'}" in said
+    assert f"not a finetuning run, left out: {tmp_path / 'empty'}\n" in said
+    assert f"not a finetuning run, left out: {around} ({inside} is one)\n" in said
     assert "none of these is a finetuning run" in report(tmp_path / "empty", code=2)[1]
     assert "does not exist" in report(tmp_path / "nothing", code=2)[1]
     assert "litlora report out/*" in report(code=2)[1]

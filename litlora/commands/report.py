@@ -73,5 +73,8 @@ def find_runs(paths: tuple[Path, ...]) -> list[Path]:
             wanted="directories with hyperparameters.yaml or metrics.csv, as litlora finetune_lora leaves them",
         )
     for path in others:
-        say(f"note: not a finetuning run, left out: {path}")
+        children = sorted(path.iterdir()) if path.is_dir() else []
+        inside = [child for child in children if child.is_dir() and is_run(child)]
+        hint = f" ({inside[0]} is one)" if inside else ""
+        say(f"note: not a finetuning run, left out: {path}{hint}")
     return list(found.values())
