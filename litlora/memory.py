@@ -149,6 +149,11 @@ class Recipe:
             workspace=WORKSPACE + self._dequantized(),
         )
 
+    def host_bytes(self, micro: MicroBatch) -> int:
+        """Of the host's memory, pinned: the inputs of the blocks that wait there."""
+        blocks = micro.blocks if micro.policy == "offload" else 0
+        return blocks * micro.tokens * self.config.hidden_size * self.compute.itemsize
+
     def room(self, memory: float, policy: str, blocks: int = 0) -> int:
         """Tokens of the largest micro-batch whose run peaks within so many bytes; 0 where none does."""
         if self.footprint(MicroBatch(1, policy, blocks)).peak > memory:

@@ -260,6 +260,8 @@ def test_what_does_not_fit_gets_the_flags_that_do(capsys: pytest.CaptureFixture[
     assert "this fits: --activation_checkpointing auto --micro_batch_tokens auto: peak" in out
     assert plan(*big, "--gpu", "16GB", "--activation_checkpointing", "none", "--micro_batch_size", "100") == 1
     assert "this fits: --activation_checkpointing auto without --micro_batch_size: peak" in capsys.readouterr().out
+    assert plan(*big, "--gpu", "80GB", "--activation_checkpointing", "offload", "--micro_batch_tokens", "10000") == 0
+    assert "2.62  of the host's memory" in capsys.readouterr().out, "32 blocks, 10,000 tokens of 4,096, 2 bytes each"
     assert plan(*big, "--gpu", "3GB") == 1
     assert "nothing that can be switched makes it fit" in capsys.readouterr().out
 

@@ -138,6 +138,7 @@ def describe(job: Job, footprint: Footprint, micro: MicroBatch, memory: float | 
         "peak": footprint.peak,
         "gpu": memory,
         "fits": None if memory is None else footprint.peak <= memory,
+        "host": recipe_of(job).host_bytes(micro),
         "disk": disk_bytes(args, parameters),
     }
 
@@ -158,6 +159,8 @@ def text(plan: dict[str, Any]) -> Iterator[str]:
         if size or name != "constants":
             yield f"  {size / 1e9:8.2f}  {NAMES[name]}"
     yield f"  {plan['peak'] / 1e9:8.2f}  peak"
+    if plan["host"]:
+        yield f"  {plan['host'] / 1e9:8.2f}  of the host's memory beside it, pinned: the blocks' inputs"
     if plan["gpu"] is None:
         yield "no GPU in this machine: --gpu 24GB says whether it fits such a card"
     else:
