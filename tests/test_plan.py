@@ -59,7 +59,9 @@ def llama(hidden: int, inner: int, layers: int, heads: int, kv_heads: int, vocab
 
 @pytest.mark.parametrize(
     ("recipe", "tokens", "way", "measured"),
-    [  # peak allocated GB on an H100, with each run's longest micro-batch: benchmarks/train.py, RESULTS.md
+    # peak allocated GB on an H100, with each run's longest micro-batch: benchmarks/train.py, or what RESULTS.md calls a
+    # throwaway script over its parts
+    [
         (Recipe(LLAMA_7B, ALL), 8713, ("none", 0), 51.81),
         (Recipe(LLAMA_7B, QV), 8713, ("none", 0), 42.83),
         (Recipe(LLAMA_7B, ALL, NF4DQ), 8713, ("none", 0), 42.20),
