@@ -129,10 +129,13 @@ class Captured:
         self.oversized = (self.oversized + 1) % ((PATIENCE_FEW if size <= MOST_ROWS else PATIENCE) + 1)
         return min(larger) if self.oversized else size
 
-    def run(self, size: int, state: State) -> None:
+    def made(self, size: int) -> Callable[[State], Tensor]:
         if size not in self.forwards:
             self.forwards[size] = self.forward(size)
-        state.choose(self.forwards[size](state), slice(0, size))
+        return self.forwards[size]
+
+    def run(self, size: int, state: State) -> None:
+        state.choose(self.made(size)(state), slice(0, size))
 
     def capture(self, size: int, state: State) -> None:
         """Unlike `torch.cuda.graph` it lets the card go on meanwhile, unless this is the largest graph so far, for
@@ -142,8 +145,7 @@ class Captured:
         if size > max(self.graphs, default=0):
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
-        if size not in self.forwards:
-            self.forwards[size] = self.forward(size)
+        self.made(size)  # what it holds is not the graph's
         graph, kind = torch.cuda.CUDAGraph(), self.device.type
         mixed, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         # autocast would keep casts of its own beyond the graph

@@ -16,7 +16,7 @@ from litlora.kv_cache import PAGE, KVCache
 from litlora.model import Block, Decoder, RMSNorm
 from litlora.ops.decode_attention import Workspace, attend
 from litlora.ops.decode_four_bit import BLOCK, byte_planes
-from litlora.ops.decode_kernels import ADD, GATED, STORE
+from litlora.ops.decode_kernels import ADD, AT_END, AT_ONCE, GATED, HALFWAY, STORE
 from litlora.ops.decode_linear import Factors, Linear, Weight, embed, layout_of
 from litlora.ops.decode_products import DENSE, FOUR_BIT, FP8
 from litlora.ops.parts import parts_of
@@ -81,11 +81,11 @@ class Layer:
         inner, outer = group_of([mlp.gate_proj, mlp.up_proj], dtype), group_of([mlp.down_proj], dtype)
         self.reads_words = words(inputs)
         self.attention_layout = layout_of(words(output), rows)
-        self.qkv = Linear(*inputs, STORE, rows, dtype, pdl=early(inputs, rows, pdl), starts=int(pdl))
+        self.qkv = Linear(*inputs, STORE, rows, dtype, pdl=early(inputs, rows, pdl), starts=AT_ONCE if pdl else AT_END)
         # attention reads little, so that the memory has time for the weights of what follows it
         self.output = Linear(*output, ADD, rows, dtype, words=words(inner), pdl=pdl, ahead=True)
-        # of what reads 22,016 rows the last programs are few: the next kernel's fill up the card
-        late = 2 if pdl else 0
+        # of so many rows the last programs are few: the next kernel's fill up the card
+        late = HALFWAY if pdl else AT_END
         self.inner = Linear(*inner, GATED, rows, dtype, words=words(outer), pdl=early(inner, rows, pdl), starts=late)
         self.outer = Linear(*outer, ADD, rows, dtype, words=following, pdl=pdl)
         self.norm = block.post_attention_layernorm.weight.detach()

@@ -18,6 +18,7 @@ from litlora.ops.decode_products import _asked, _product
 
 MOST_ROWS = 16
 STORE, ADD, GATED = 0, 1, 2  # what becomes of a product: stored; added to the residual stream; SwiGLU of two
+AT_END, AT_ONCE, HALFWAY = 0, 1, 2  # when a kernel lets the next one begin; halfway: after its first product
 RANKS = 16  # of adapters at a time
 
 

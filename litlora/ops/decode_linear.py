@@ -24,7 +24,7 @@ from litlora.ops.decode_four_bit import (
     PLANES,
     UNPACKING,
 )
-from litlora.ops.decode_kernels import MOST_ROWS, RANKS, STORE, _down, _embed, _linear
+from litlora.ops.decode_kernels import AT_END, AT_ONCE, MOST_ROWS, RANKS, STORE, _down, _embed, _linear
 from litlora.ops.decode_products import FOUR_BIT, FP8
 
 
@@ -109,13 +109,13 @@ class Linear:
         ahead: bool = False,
     ) -> None:
         """`words`: what is written is read by a 4-bit linear. `pdl`: begins before the kernel in front has ended;
-        `starts`: lets the next one begin so, not (0), at once (1) or after its first product (2); default: as `pdl`.
+        `starts`: when it lets the next one begin so (AT_END: not at all); default: AT_ONCE with `pdl`.
         `ahead`: with `pdl`, all of the weights are fetched into the card's cache while the kernel in front still runs.
         All weights are of one format and size."""
         first = weights[0]
         self.weights, self.factors, self.mode, self.rows = weights, factors, mode, rows
         self.layout, self.pdl = layout_of(words, rows), pdl
-        self.starts = int(pdl) if starts is None else starts
+        self.starts = (AT_ONCE if pdl else AT_END) if starts is None else starts
         self.size, self.outputs = first.size, sum(weight.rows for weight in weights)
         self.tile = tile_of(first, self.outputs, rows, dtype)
         self.blocks = triton.cdiv(first.rows, self.tile.rows)  # of sums of squares, in mode ADD
