@@ -31,7 +31,7 @@ def test_each_token_is_in_one_tile_of_its_sequence(lengths: Sequence[int]) -> No
 
 
 @pytest.mark.parametrize("capability", [80, 90, 120])
-def test_the_backward_pass_compiles(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_short_sequences_compiles(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: nothing is compiled")
@@ -40,13 +40,14 @@ def test_the_backward_pass_compiles(capability: int, monkeypatch: pytest.MonkeyP
     from litlora.ops import attention_kernels
 
     made: list[Any] = []
-    for name in ("_backward_q", "_backward_kv"):
+    for name in ("_attention_forward", "_attention_backward_q", "_attention_backward_kv"):
         monkeypatch.setattr(attention_kernels, name, Compiled(getattr(attention_kernels, name), capability, made))
     for heads, kv_heads, size, window in ((32, 32, 128, None), (9, 3, 64, None), (4, 2, 32, 20)):
         q, k, angle = meta(500, heads, size), meta(500, kv_heads, size), meta(500, 1, size // 2)
         logsums, tiles = meta(heads, 500, dtype=torch.float32), Tiles(*(meta(20, dtype=torch.int32) for _ in range(3)))
+        attention_kernels.forward(q, k, k, tiles, window)
         attention_kernels.backward((q, k, k, angle, angle, q, logsums), q, tiles, window)
-    assert len(made) == 6
+    assert len(made) == 9
     assert max(kernel.metadata.shared for kernel in made) <= SHARED[capability]
 
 

@@ -184,7 +184,7 @@ def plain_varlen(
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """Short sequences take our backward pass here as they do on a card. The dtypes of those that did."""
+    """Short sequences take our kernels here as they do on a card. The dtypes of those that did."""
     if not CUDA:
         monkeypatch.setattr(attention, "can_varlen", lambda q: True)
         monkeypatch.setattr(attention, "varlen", plain_varlen)
@@ -725,6 +725,8 @@ if CUDA:  # what the interpreter has no notion of
 
         for lengths in ([30, 34], [31, 17]):
             loss_and_gradients(model, decoder, batch_of(lengths))
+        with torch.no_grad():  # which puts on top of the products what training's add themselves to
+            model.eval()(batch_of([12, 9]))
         before = compiled()
         for lengths in ([5], [100, 3, 8], [64], [77, 50], [1, 1, 1], [128]):
             loss_and_gradients(model, decoder, batch_of(lengths))

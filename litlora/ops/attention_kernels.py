@@ -1,5 +1,5 @@
-"""Triton kernels of the backward pass of causal attention over a packed stream of short sequences, where flash
-attention's larger tiles are half empty. What was rotated before the attention is rotated back as it is written.
+"""Triton kernels of causal attention over a packed stream of short sequences, where flash attention's larger tiles are
+half empty. What was rotated before the attention is rotated back as its gradient is written.
 
 They take contiguous CUDA tensors of a 16-bit dtype and compute in fp32; nothing is summed by atomics.
 Sizes: N tokens, H heads, K key/value heads, D head dim; T tiles of TILE tokens of one sequence.
@@ -54,8 +54,51 @@ def _seen(row, column, window, windowed: tl.constexpr):
     return seen
 
 
+@triton.jit
+def _lowest(first, start, window, windowed: tl.constexpr, tile: tl.constexpr):
+    """Where the keys begin that a tile of queries from `start` on sees: whole tiles that nobody sees are left out."""
+    lowest = first
+    if windowed:
+        lowest = first + tl.maximum(0, start - window + 1 - first) // tile * tile
+    return lowest
+
+
 @triton.jit(do_not_specialize=["rows"])
-def _backward_q(
+def _attention_forward(
+    q, k, v, out, logsums, starts, firsts, ends, rows, heads, kv_heads, scale, window,
+    windowed: tl.constexpr, size: tl.constexpr, tile: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries of one head over the keys that they see."""
+    number, head = tl.program_id(0), tl.program_id(1)
+    start, first, end = tl.load(starts + number), tl.load(firsts + number), tl.load(ends + number)
+    if start >= end:
+        return
+    kv_head = head // (heads // kv_heads)
+    row = start + tl.arange(0, tile)
+    valid = row < end
+    query = _rows(q, start, valid, heads, head, size, tile)
+    best, total = tl.full((tile,), -1e38, tl.float32), tl.zeros((tile,), tl.float32)
+    mean = tl.zeros((tile, size), tl.float32)
+    for begin in range(_lowest(first, start, window, windowed, tile), start + tile, tile):
+        column = begin + tl.arange(0, tile)
+        key = _rows(k, begin, column < end, kv_heads, kv_head, size, tile)
+        value = _rows(v, begin, column < end, kv_heads, kv_head, size, tile)
+        score = tl.dot(query, tl.trans(key)) * (scale * _LOG2E)
+        seen = _seen(row[:, None], column[None, :], window, windowed)
+        score = tl.where(seen, score, -1e38)
+        higher = tl.maximum(best, tl.max(score, 1))
+        weight, fade = tl.where(seen, tl.exp2(score - higher[:, None]), 0.0), tl.exp2(best - higher)
+        total = total * fade + tl.sum(weight, 1)
+        mean = tl.dot(weight.to(value.dtype), value, mean * fade[:, None])
+        best = higher
+    place = tl.arange(0, tile)[:, None] * (heads * size) + tl.arange(0, size)[None, :]
+    out += (tl.cast(start, tl.int64) * heads + head) * size
+    tl.store(out + place, mean / total[:, None], mask=valid[:, None])
+    tl.store(logsums + tl.cast(head, tl.int64) * rows + row, (best + tl.log2(total)) / _LOG2E, mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _attention_backward_q(
     q, k, v, cos, sin, out, d_out, logsums, deltas, dq, starts, firsts, ends, rows, heads, kv_heads, scale, window,
     windowed: tl.constexpr, size: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
@@ -75,10 +118,7 @@ def _backward_q(
     tl.store(deltas + line + row, delta, mask=valid)
     logsum = tl.load(logsums + line + row, mask=valid, other=0.0) * _LOG2E
     total = tl.zeros((tile, size), tl.float32)
-    lowest = first
-    if windowed:  # whole tiles that nobody here sees are left out
-        lowest = first + tl.maximum(0, start - window + 1 - first) // tile * tile
-    for begin in range(lowest, start + tile, tile):
+    for begin in range(_lowest(first, start, window, windowed, tile), start + tile, tile):
         column = begin + tl.arange(0, tile)
         key = _rows(k, begin, column < end, kv_heads, kv_head, size, tile)
         value = _rows(v, begin, column < end, kv_heads, kv_head, size, tile)
@@ -91,7 +131,7 @@ def _backward_q(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _backward_kv(
+def _attention_backward_kv(
     q, k, v, cos, sin, d_out, logsums, deltas, dk, dv, starts, ends, rows, heads, kv_heads, scale, window,
     windowed: tl.constexpr, size: tl.constexpr, tile: tl.constexpr,
 ):  # fmt: skip
@@ -132,9 +172,20 @@ def _backward_kv(
 
 
 def takes(q: Tensor, inside: Inside) -> bool:
-    """Whether `backward` follows flash attention over such q (N, H, D), and is the faster one."""
+    """Whether `forward` and `backward` take such q (N, H, D), and are faster than flash attention."""
     fits = q.shape[-1] in HEAD_DIMS and inside.bounds.longest <= LONGEST
     return fits and attention.can_varlen(q)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, window: int | None) -> tuple[Tensor, Tensor]:
+    """What `attention.varlen` gives."""
+    rows, heads, size = q.shape
+    out, logsums = torch.empty_like(q), torch.empty(heads, rows, dtype=torch.float32, device=q.device)
+    _attention_forward[(len(tiles.starts), heads)](
+        q, k, v, out, logsums, tiles.starts, tiles.firsts, tiles.ends, rows, heads, k.shape[1], size**-0.5, window or 0,
+        windowed=window is not None, size=size, tile=TILE, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return out, logsums
 
 
 def backward(saved: Sequence[Tensor], d_out: Tensor, tiles: Tiles, window: int | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,11 +201,13 @@ def backward(saved: Sequence[Tensor], d_out: Tensor, tiles: Tiles, window: int |
     kv_heads, count = k.shape[1], len(tiles.starts)
     dq, dk, dv, deltas = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(logsums)
     last = rows, heads, kv_heads, size**-0.5, window or 0
-    form = {"windowed": window is not None, "size": size, "tile": TILE, "num_warps": 4, "num_stages": 2}
-    _backward_q[(count, heads)](
-        q, k, v, cos, sin, out, d_out, logsums, deltas, dq, tiles.starts, tiles.firsts, tiles.ends, *last, **form
-    )
-    _backward_kv[(count, kv_heads)](
-        q, k, v, cos, sin, d_out, logsums, deltas, dk, dv, tiles.starts, tiles.ends, *last, **form
-    )
+    form = {"windowed": window is not None, "size": size, "tile": TILE, "num_warps": 4}
+    _attention_backward_q[(count, heads)](
+        q, k, v, cos, sin, out, d_out, logsums, deltas, dq, tiles.starts, tiles.firsts, tiles.ends, *last, **form,
+        num_stages=2,
+    )  # fmt: skip
+    _attention_backward_kv[(count, kv_heads)](
+        q, k, v, cos, sin, d_out, logsums, deltas, dk, dv, tiles.starts, tiles.ends, *last, **form,
+        num_stages=1,
+    )  # fmt: skip
     return dq, dk, dv

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from litlora.ops import attention, attention_kernels, kernels, reference
+from litlora.ops import attention_kernels, kernels, reference
 from litlora.ops.attention import Inside, View
 from litlora.ops.fused_common import DTYPES, Masks, Norm, cast_like, product_dtype, takes_norm, usable
 from litlora.ops.group import Group, factors
@@ -111,14 +111,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
 
 class _RopeAttend(torch.autograd.Function):
-    """Flash attention forward; backward with our kernels, which also rotate back."""
+    """With our kernels, which also rotate back."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, inside: Inside) -> Tensor:
         q, k = kernels.rope(q.contiguous(), k.contiguous(), cos, sin)
-        out, logsums = attention.varlen(q, k, v.contiguous(), inside.bounds, inside.window)
+        v = v.contiguous()
+        out, logsums = attention_kernels.forward(q, k, v, inside.bounds.tiles, inside.window)
         ctx.inside = inside
-        ctx.save_for_backward(q, k, v.contiguous(), cos, sin, out, logsums)
+        ctx.save_for_backward(q, k, v, cos, sin, out, logsums)
         return out
 
     @staticmethod
@@ -158,7 +159,7 @@ class _NormAttend(torch.autograd.Function):
         ctx: Any, x: Tensor, linears: _Linears, cos: Tensor, sin: Tensor, inside: Inside, *_factors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         q, k, v, saved = _heads(linears, x, cos, sin)
-        out, logsums = attention.varlen(q, k, v, inside.bounds, inside.window)
+        out, logsums = attention_kernels.forward(q, k, v, inside.bounds.tiles, inside.window)
         ctx.linears, ctx.inside = linears, inside
         ctx.save_for_backward(q, k, v, cos, sin, out, logsums, *saved)
         return x, out
