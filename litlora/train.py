@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -89,6 +89,7 @@ def train(
     fails at once.
     A step without a trained token is skipped and not counted.
     """
+    model.train()  # once, it goes through a thousand modules: who evaluates between two steps puts it back
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     steps = iter(batches)
     first = list(islice(steps, 1))
@@ -105,18 +106,19 @@ def train(
             _rehearse(micro_step, largest, optimizer, fabric.device)
             room.clear()
     started = time.perf_counter()
-    for work in _ahead(_Work.of(epoch, step, micro_step) for epoch, step in chain(first, steps)):
-        if work.trained == 0:
-            continue
-        rate = learning_rate * schedule(number)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss, norm, bad_rows = _optimizer_step(fabric, model, optimizer, micro_step, work, max_norm, room)
-        number += 1
-        clipped = max_norm is not None and norm > max_norm and not bad_rows
-        seconds = time.perf_counter() - started
-        yield Step(number, work.epoch, loss, rate, norm, clipped, work.tokens, work.trained, seconds, bad_rows)
-        started = time.perf_counter()
+    with _Ahead(_Work.of(epoch, step, micro_step) for epoch, step in chain(first, steps)) as works:
+        for work in works:
+            if work.trained == 0:
+                continue
+            rate = learning_rate * schedule(number)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss, norm, bad_rows = _optimizer_step(fabric, model, optimizer, micro_step, work, max_norm, room, works)
+            number += 1
+            clipped = max_norm is not None and norm > max_norm and not bad_rows
+            seconds = time.perf_counter() - started
+            yield Step(number, work.epoch, loss, rate, norm, clipped, work.tokens, work.trained, seconds, bad_rows)
+            started = time.perf_counter()
 
 
 def _room(optimizer: torch.optim.Optimizer, device: torch.device) -> list[Tensor]:
@@ -151,13 +153,31 @@ class _Work:
         return cls(epoch, [micro_step.prepare(batch) for batch in micro_batches], tokens, trained)
 
 
-def _ahead(items: Iterator[_Work]) -> Iterator[_Work]:
-    """The items, each worked out in another thread while the one before it is trained on."""
-    with ThreadPoolExecutor(1, "batches") as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
+class _Ahead:
+    """The items, each worked out in another thread from `begin` on, or else when it is asked for."""
+
+    def __init__(self, items: Iterator[_Work]) -> None:
+        self.items, self.pool = items, ThreadPoolExecutor(1, "batches")
+        self.coming: Future[_Work | None] | None = None
+
+    def begin(self) -> None:
+        if self.coming is None:
+            self.coming = self.pool.submit(next, self.items, None)
+
+    def __iter__(self) -> Iterator[_Work]:
+        while True:
+            self.begin()
+            assert self.coming is not None
+            item, self.coming = self.coming.result(), None
+            if item is None:
+                return
             yield item
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
 
 
 def _optimizer_step(
@@ -168,10 +188,14 @@ def _optimizer_step(
     work: _Work,
     max_norm: float | None,
     room: list[Tensor],
+    works: _Ahead,
 ) -> tuple[float, float, tuple[int, ...]]:
     """(mean loss, gradient norm before clipping, bad rows) of one step over all its micro-batches. `room` is given back
-    before the optimizer needs it."""
-    model.train()
+    before the optimizer needs it.
+
+    The card has nothing to do from the update's end until the next step's first kernels: what the host can do before it
+    waits, and the next of `works`, come before.
+    """
     losses = [micro_step(batch, work.trained) for batch in work.micro_batches]
     room.clear()
     norm = _grad_norm(optimizer)
@@ -188,13 +212,18 @@ def _optimizer_step(
 
     read = on_its_way(figures)
     updated = _updated_if_finite(optimizer, figures, update)
+    works.begin()
+    if updated:
+        optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
     mean, size = read()  # the only wait for the card in a step
+    finite = math.isfinite(mean) and math.isfinite(size)
     bad_rows: tuple[int, ...] = ()
-    if not (math.isfinite(mean) and math.isfinite(size)):
+    if not finite:
         bad_rows = _bad_rows(fabric, model, optimizer, work, losses)
     elif not updated:
         update()
-    optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
+    if not (updated and finite):
+        optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
     return mean, size, bad_rows
 
 

@@ -86,7 +86,6 @@ class Training:
             return None
         instruction, ids = self.job.question
         tokenizer = self.job.base.tokenizer
-        self.decoder.eval()
         with self.fabric.autocast():
             stop_ids, vocab_size = tokenizer.stop_ids, tokenizer.vocab_size
             answer = generate(
