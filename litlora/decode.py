@@ -1,7 +1,7 @@
 """Tokens from a Decoder: prompts of unequal length are prefilled side by side without padding, then each step adds one
 token to every row. A row that ends leaves at once, and a prompt that waits takes its place.
 
-Prefill, step and choosing touch tensors only; the host reads what was chosen, on a card one step late, so that the
+Prefill, step and choosing touch tensors only; the host reads what was chosen, on a card a few steps late, so that the
 card never waits for it. How the model runs is an `Engine`'s matter.
 Sizes: B rows still written, N prompt tokens, C hidden, V vocabulary.
 """
@@ -26,6 +26,7 @@ __all__ = ["Sampling", "check_prompts", "generate", "room"]
 PREFILL_TOKENS = 8192  # prompts go through the model together up to this many tokens: more are no faster
 PREFILL_MEMORY = 7e8  # or to what takes so many bytes at the MLP, the widest moment
 CONTINUED_TOKENS = 2048  # of a prompt longer than that, beyond its first piece
+FEW_ROWS = 16  # side by side, so that a step is short, and rows that have ended cost nothing while nobody waits
 
 
 def generate(
@@ -90,7 +91,6 @@ def check_prompts(
 
 def _run(rows: _Rows, stop_ids: frozenset[int], ended: Collection[int]) -> Iterator[tuple[int, int]]:
     model, training = rows.model, rows.model.training
-    late = _reads_late(rows.device)
     model.eval()
     try:
         over: set[int] = set()
@@ -107,10 +107,10 @@ def _run(rows: _Rows, stop_ids: frozenset[int], ended: Collection[int]) -> Itera
                 crowded = True  # what is still under way may end rows that others make room for
             else:
                 return
-            while unread and (len(unread) > late or crowded or not rows.live):
+            while unread and (len(unread) > _late(rows.device, len(rows.live)) or crowded or not rows.live):
                 for row, token in unread.popleft().get():
                     if row in over or row in ended:
-                        continue  # one step was under way when its end was read
+                        continue  # steps were under way when its end was read
                     if token == NOT_FINITE:
                         raise _not_finite(row)
                     if token in stop_ids:
@@ -123,9 +123,12 @@ def _run(rows: _Rows, stop_ids: frozenset[int], ended: Collection[int]) -> Itera
         model.train(training)
 
 
-def _reads_late(device: torch.device) -> bool:
-    """Whether the next step is launched before the last one's tokens are read: where the device works by itself."""
-    return device.type == "cuda"
+def _late(device: torch.device, rows: int) -> int:
+    """How many steps go on before the tokens of one are read: none where the device does not work by itself. One is
+    enough where a step is long; few rows' steps take hardly longer than the host does, which is late at times."""
+    if device.type != "cuda":
+        return 0
+    return 3 if rows <= FEW_ROWS else 1
 
 
 def _not_finite(row: int) -> InputError:

@@ -55,11 +55,13 @@ class Captured:
         embedding = model.model.embed_tokens.weight
         self.model, self.device, self.longest = model, embedding.device, max(capacities)
         self.width = max(MOST_ROWS, padded(slots))
-        pages = pool(model, sorted(capacities)[-slots:], self.device) + 1
+        largest = sorted(capacities)[-slots:]
+        pages = pool(model, largest, self.device) + 1
+        self.ample = pages > sum(map(pages_of, largest))  # any rows have room, to their ends
         self.cache, self.pages = KVCache(model.config, pages * PAGE, embedding.dtype, self.device), Pages(pages)
         self.rows: list[int] = []  # by slot
         self.slots: dict[int, int] = {}
-        self.table = np.zeros((self.width, -(-self.longest // PAGE)), dtype=np.int32)  # pages by slot
+        self.table = np.zeros((self.width, pages_of(self.longest)), dtype=np.int32)  # pages by slot
         self.device_table = torch.zeros(self.table.shape, dtype=torch.int32, device=self.device)  # (B, P)
         self.stale = False  # whether the device's is not ours
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -70,7 +72,7 @@ class Captured:
 
     def admit(self, row: int, tokens: int, live: int) -> bool:
         """Only where every other row finds a page for its next tokens, too."""
-        enough = not live or len(self.pages.free) >= -(-(tokens + 1) // PAGE) + live
+        enough = self.ample or not live or len(self.pages.free) >= pages_of(tokens + 1) + live
         return enough and self.pages.hold(row, tokens)
 
     def grow(self, row: int, tokens: int) -> bool:
@@ -189,10 +191,14 @@ def has_pdl(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def pages_of(tokens: int) -> int:
+    return -(-tokens // PAGE)
+
+
 def pool(model: Decoder, capacities: Sequence[int], device: torch.device) -> int:
     """How many pages the cache has: for all of `capacities`, or what the card's memory leaves, but for the longest.
     Raises InputError where that does not fit."""
-    needed = [-(-tokens // PAGE) for tokens in capacities]
+    needed = [pages_of(tokens) for tokens in capacities]
     if device.type != "cuda":
         return sum(needed)
     free, _ = torch.cuda.mem_get_info(device)

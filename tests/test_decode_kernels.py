@@ -341,7 +341,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return made[-1]
 
     monkeypatch.setattr(decode, "make_engine", make)
-    monkeypatch.setattr(decode, "_reads_late", lambda device: True)
+    monkeypatch.setattr(decode, "_late", lambda device, rows: 3)
     monkeypatch.setattr(decode_graph, "few_rows_wanted", lambda model: True)
     return made
 

@@ -87,17 +87,17 @@ def test_cached_equals_uncached(families: dict[str, Decoder], family: str) -> No
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3, 20, 0.9, 1.2, seed=7)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("late", [False, True], ids=["read at once", "read late"])
+@pytest.mark.parametrize("late", [0, 1, 3], ids=["read at once", "read late", "read later"])
 @pytest.mark.parametrize("prefill", [8192, 8])
 def test_ragged_batch_equals_one_by_one(
-    model: Decoder, monkeypatch: pytest.MonkeyPatch, sampling: Sampling, late: bool, prefill: int
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, sampling: Sampling, late: int, prefill: int
 ) -> None:
     """Rows that end early leave the others as they are, however prompts are grouped and whenever tokens are read."""
     prompts, count = prompts_of(), 30
     stop_ids = range(3, 9)
     settings: dict[str, Any] = {"stop_ids": stop_ids, "vocab_size": 60}
     alone = [texts(model, [p], sampling, count, streams=[row], **settings)[0] for row, p in enumerate(prompts)]
-    monkeypatch.setattr(decode, "_reads_late", lambda device: late)
+    monkeypatch.setattr(decode, "_late", lambda device, rows: late)
     monkeypatch.setattr(decode, "PREFILL_TOKENS", prefill)
     assert texts(model, prompts, sampling, count, **settings) == alone
     ends = [row[-1] in stop_ids for row in alone]
@@ -107,16 +107,16 @@ def test_ragged_batch_equals_one_by_one(
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.3, 20, 0.9, 1.2, seed=7)], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("late", [False, True], ids=["read at once", "read late"])
+@pytest.mark.parametrize("late", [0, 1, 3], ids=["read at once", "read late", "read later"])
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_rows_take_the_places_of_those_that_end(
-    model: Decoder, monkeypatch: pytest.MonkeyPatch, sampling: Sampling, late: bool, slots: int
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, sampling: Sampling, late: int, slots: int
 ) -> None:
     """Never more than `slots` of them at a time, in the order of the prompts, each with the text it has alone."""
     prompts, count = prompts_of((1, 7, 3, 20, 12, 250, 9, 2)), 20
     settings: dict[str, Any] = {"stop_ids": range(3, 9), "vocab_size": 60}
     alone = [texts(model, [p], sampling, count, streams=[row], **settings)[0] for row, p in enumerate(prompts)]
-    monkeypatch.setattr(decode, "_reads_late", lambda device: late)
+    monkeypatch.setattr(decode, "_late", lambda device, rows: late)
     widths: list[int] = []
     step = decode.Eager.step
     monkeypatch.setattr(
@@ -130,7 +130,7 @@ def test_rows_take_the_places_of_those_that_end(
     assert found == alone
     assert max(widths) == slots
     assert first == list(range(len(prompts)))
-    assert sum(widths) < sum(map(len, alone)) + (len(prompts) if late else 0), "no row is written on after its end"
+    assert sum(widths) < sum(map(len, alone)) + late * len(prompts), "no row is written on long after its end"
 
 
 @pytest.mark.parametrize("bound", ["tokens", "memory"])
@@ -192,9 +192,9 @@ def test_rows_make_room_for_others(model: Decoder, monkeypatch: pytest.MonkeyPat
     """A cache in which not all rows can grow: the last wait again, with what they have, and say the same."""
     prompts, count = prompts_of((5, 9, 2, 7)), 20
     for sampling in (Sampling(), Sampling(1.3, 20, 0.9, 1.2, seed=7)):
-        for late in (False, True):
+        for late in (0, 1, 3):
             wanted = texts(model, prompts, sampling, count, stop_ids=range(3, 6))
-            monkeypatch.setattr(decode, "_reads_late", lambda device, late=late: late)
+            monkeypatch.setattr(decode, "_late", lambda device, rows, late=late: late)
             left: list[int] = []
             rooms: dict[int, int] = {}
 
