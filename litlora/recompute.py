@@ -4,10 +4,10 @@ inputs, or those in the host's memory."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -73,17 +73,18 @@ class Runner:
 
 
 class _Held:
-    """A block's input between its two forward passes: on the card, or pinned in the host's memory, from where it is
-    fetched while the block after it goes through its backward pass."""
+    """A block's input between its two forward passes: on the card, or in the host's memory, from where it is fetched
+    while the block after it goes through its backward pass."""
 
     def __init__(self, x: Tensor, before: _Held | None) -> None:
         self.x: Tensor | None = x
-        self.before, self.device = before, x.device
-        self.needs_gradient = x.requires_grad
-        self.host: Tensor | None = None
+        self.before, self.needs_gradient = before, x.requires_grad
+        self.shape, self.dtype, self.device = x.shape, x.dtype, x.device
+        self.host: list[Tensor] | None = None  # its bytes
         self.ready: torch.cuda.Event | None = None
 
     def get(self) -> Tensor:
+        """Where it has left, once."""
         if self.host is None:
             assert self.x is not None
             return self.x
@@ -102,43 +103,65 @@ class _Held:
     def leave(self) -> None:
         x, self.x = self.x, None
         assert x is not None
-        stream = _copies(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.no_grad(), torch.cuda.stream(stream):
-            self.host = _pinned(x)
-            self.host.copy_(x, non_blocking=True)
-        x.record_stream(stream)
+        side = _Side.of(self.device)
+        self.host = side.take(x.nbytes)
+        side.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.no_grad(), torch.cuda.stream(side.stream):
+            for piece, part in _side_by_side(self.host, x):
+                piece.copy_(part, non_blocking=True)
+        x.record_stream(side.stream)
 
     def fetch(self) -> None:
         """Begins the way back."""
-        assert self.host is not None
-        stream = _copies(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.no_grad(), torch.cuda.stream(stream):
-            self.x = self.host.to(self.device, non_blocking=True)
-            self.ready = stream.record_event()
+        assert self.host
+        side = _Side.of(self.device)
+        side.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.no_grad(), torch.cuda.stream(side.stream):
+            self.x = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            for piece, part in _side_by_side(self.host, self.x):
+                part.copy_(piece, non_blocking=True)
+            self.ready = side.stream.record_event()
+        side.free += self.host
+        self.host = []
 
 
-def _pinned(x: Tensor) -> Tensor:
-    try:
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    except RuntimeError as error:
-        raise InputError(
-            "the host's memory does not hold the blocks' inputs",
-            where="--activation_checkpointing offload",
-            got=f"no {x.numel() * x.element_size() / 1e9:.2f} GB more for a block of a micro-batch",
-            fix="--activation_checkpointing full, or a smaller --micro_batch_tokens",
-        ) from error
+PIECE = 2**24  # bytes of pinned memory: torch rounds every piece up to a power of two
 
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+class _Side:
+    """Where inputs wait, and the stream on which they leave and come back: in order, so that a piece is free once its
+    reading was asked for."""
+
+    devices: ClassVar[dict[torch.device, _Side]] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self.free: list[Tensor] = []
+
+    @classmethod
+    def of(cls, device: torch.device) -> _Side:
+        return cls.devices.get(device) or cls.devices.setdefault(device, cls(device))
+
+    def take(self, size: int) -> list[Tensor]:
+        """Pieces for so many bytes."""
+        count = -(-size // PIECE)
+        while len(self.free) < count:
+            try:
+                self.free.append(torch.empty(PIECE, dtype=torch.uint8, pin_memory=True))
+            except RuntimeError as error:
+                raise InputError(
+                    "the host's memory does not hold the blocks' inputs",
+                    where="--activation_checkpointing offload",
+                    got=f"no {size / 1e9:.2f} GB more for a block of a micro-batch",
+                    fix="--activation_checkpointing full, or a smaller --micro_batch_tokens",
+                ) from error
+        return [self.free.pop() for _ in range(count)]
 
 
-def _copies(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which inputs leave and come back."""
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
+def _side_by_side(pieces: list[Tensor], x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of the host's memory, and the bytes of x, which is contiguous, that belong there."""
+    for piece, part in zip(pieces, x.view(-1).view(torch.uint8).split(PIECE), strict=True):
+        yield piece[: len(part)], part
 
 
 def _without_products() -> Any:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from litlora import recompute
 from litlora.cli import call
 from litlora.config import ModelConfig, Rope
 from litlora.frozen import FOUR_BIT, Dense, make_quantizer
@@ -20,6 +22,7 @@ from litlora.lora import LoRA, adapt, lora_modules
 from litlora.model import CausalLoss
 from litlora.ops.attention import Bounds, Ragged, can_varlen, varlen
 from litlora.packing import Batch
+from litlora.recompute import Kept
 from litlora.sequences import Packed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -158,3 +161,32 @@ def test_a_whole_run(flags: dict[str, Any], tmp_path: Path, capsys: pytest.Captu
     line = ["generate", *model, "--prompt", "What is 59 minus 38?", "--temperature", "0", "--max_new_tokens", "8"]
     assert call(line) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_inputs_in_the_hosts_memory_take_the_same_pieces_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs of other lengths need no more than the longest, and no pack reads what another wrote."""
+    monkeypatch.setattr(recompute, "PIECE", 1000)
+    monkeypatch.setattr(recompute._Side, "devices", {})
+    torch.manual_seed(0)
+    decoder = load_model(RandomWeights(SHAPE), Dense(torch.float32), dtype=torch.float32, device="cuda")
+    adapt(decoder, LoRA(r=4, dropout=0.0, targets=("q_proj", "down_proj")))
+    parameters = [p for p in decoder.parameters() if p.requires_grad]
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.2)
+    model = CausalLoss(decoder.train())
+
+    def run(kept: Kept, tokens: int) -> list[Tensor]:
+        decoder.kept = kept
+        ids = torch.arange(tokens, device="cuda") % 300
+        bounds = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+        everything = torch.arange(tokens, device="cuda")
+        batch = Batch(ids, ids.roll(-1), everything, everything, bounds, tokens, (0,))
+        loss = model(batch)
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    wanted = {tokens: run(Kept("full", 2), tokens) for tokens in (5, 90, 40)}
+    for tokens in (40, 90, 5, 90):
+        for mine, theirs in zip(run(Kept("offload", 2), tokens), wanted[tokens], strict=True):
+            assert torch.equal(mine, theirs)
+    (side,) = recompute._Side.devices.values()
+    assert len(side.free) == 2 * -(-90 * 128 * 4 // 1000)

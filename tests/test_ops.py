@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from litlora import recompute
 from litlora.config import ModelConfig
 from litlora.frozen import QUANTIZERS, make_quantizer
 from litlora.load import RandomWeights, load_model
@@ -194,6 +195,18 @@ def test_what_each_block_keeps(kept: Kept, wanted: list[str]) -> None:
     for _ in wanted:
         x = run(cast(nn.Module, block), x)
     assert seen == wanted
+
+
+@pytest.mark.parametrize("size", [1, 24, 25, 48, 70])
+def test_an_input_is_put_together_from_the_pieces_it_left_in(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "PIECE", 48)
+    x, back = torch.randn(size, 2, dtype=torch.bfloat16), torch.empty(size, 2, dtype=torch.bfloat16)
+    pieces = [torch.zeros(48, dtype=torch.uint8) for _ in range(-(-4 * size // 48))]
+    for piece, part in recompute._side_by_side(pieces, x):
+        piece.copy_(part)
+    for piece, part in recompute._side_by_side(pieces, back):
+        part.copy_(piece)
+    assert torch.equal(back, x)
 
 
 def hold_to_plain(
