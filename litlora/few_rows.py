@@ -39,7 +39,7 @@ def group_of(modules: Sequence[nn.Module], dtype: torch.dtype) -> Group:
     factors = [
         None if p.A is None or p.B is None else Factors(p.A.detach(), p.B.detach(), float(p.scale)) for p in parts
     ]
-    if len({(weight.form, weight.nested is None) for weight in weights}) > 1:
+    if len({(weight.form, weight.scales is not None and weight.scales.dtype) for weight in weights}) > 1:
         raise Unsupported("several formats over one x")
     if any(factor is not None and len(factor.A) > LARGEST_RANK for factor in factors):
         raise Unsupported("a large rank")

@@ -160,13 +160,13 @@ def _quantize(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, Any]:
 
 
 class FourBitLinear(FrozenLinear):
-    """NF4 or FP4 in blocks of 64, with absmax in fp32, or itself in 8 bit (double quantization).
+    """NF4 or FP4 in blocks of 64, with absmax in the file's dtype, which holds it, or in 8 bit (double quantization).
 
     Everything is a Parameter(requires_grad=False), so that it moves, is saved and can be sharded like any weight.
     """
 
     weight: nn.Parameter  # (O * I / 2, 1) uint8
-    absmax: nn.Parameter  # (O * I / 64,) fp32, or uint8 when nested
+    absmax: nn.Parameter  # (O * I / 64,), or uint8 when nested
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str, nested: bool, dtype: torch.dtype) -> None:
         """weight (O, I) in the dtype of the file: what is rounded is what was published. `dtype`: of the products."""
@@ -174,8 +174,11 @@ class FourBitLinear(FrozenLinear):
         self.out_features, self.in_features = weight.shape
         self.kind, self.dtype = kind, dtype
         packed, state = _quantize(weight.contiguous(), kind, nested)
-        self.weight, self.absmax, self.code = _frozen(packed), _frozen(state.absmax), _frozen(state.code)
-        self.nested = nested
+        self.weight, self.code, self.nested = _frozen(packed), _frozen(state.code), nested
+        # bitsandbytes' is in fp32, but each is one of the weights: half the bytes say the same of a file in 16 bit
+        same = None if nested else state.absmax.to(weight.dtype)
+        narrow = same is not None and torch.equal(same.float(), state.absmax)
+        self.absmax = _frozen(same if narrow else state.absmax)  # type: ignore[arg-type]
         if nested:
             self.absmax_absmax, self.absmax_code = _frozen(state.state2.absmax), _frozen(state.state2.code)
             self.offset = _frozen(state.offset)
@@ -192,7 +195,8 @@ class FourBitLinear(FrozenLinear):
         import bitsandbytes.functional as bnb
 
         common: dict[str, Any] = {"shape": torch.Size((self.out_features, self.in_features)), "code": self.code}
-        common |= {"blocksize": BLOCKSIZE, "quant_type": self.kind, "dtype": self.dtype, "absmax": self.absmax}
+        common |= {"blocksize": BLOCKSIZE, "quant_type": self.kind, "dtype": self.dtype}
+        common["absmax"] = self.absmax if self.nested else self.absmax.float()
         if self.nested:
             inner = bnb.QuantState(
                 absmax=self.absmax_absmax, code=self.absmax_code, blocksize=self.nested_blocksize, dtype=torch.float32

@@ -22,8 +22,8 @@ SPARE = 0.05  # of a card's memory that a run leaves free: the allocator's gaps
 WORKSPACE = 2 * 32 * 2**20  # cuBLAS', on two streams
 PACKED = {"bnb.nf4": 0.5, "bnb.fp4": 0.5, "bnb.nf4-dq": 0.5, "bnb.fp4-dq": 0.5, "fp8": 1.0}  # bytes a weight
 CONSTANTS = {  # and beside it: for blocks of 64, and for 256 of those where they are quantized too; fp8's are a row's
-    "bnb.nf4": 4 / 64,
-    "bnb.fp4": 4 / 64,
+    "bnb.nf4": 2 / 64,  # of a file in 16 bit
+    "bnb.fp4": 2 / 64,
     "bnb.nf4-dq": 1 / 64 + 4 / (64 * 256),
     "bnb.fp4-dq": 1 / 64 + 4 / (64 * 256),
     "fp8": 0.0,

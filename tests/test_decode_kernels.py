@@ -51,10 +51,11 @@ class Weights(RandomWeights):
 
 
 def build(dtype: torch.dtype, quantize: str | None, lora: LoRA | None, **shape: Any) -> Decoder:
-    """The same numbers in every dtype."""
+    """The same numbers in every dtype. NF4's are of a file in 16 bit, and its absmax, too."""
     torch.manual_seed(0)
     quantizer = make_quantizer(quantize, dtype, DEVICE)
-    weights = Weights(ModelConfig(**{**SHAPE, **shape}), torch.float32)
+    file_dtype = torch.bfloat16 if quantize == "bnb.nf4" else torch.float32
+    weights = Weights(ModelConfig(**{**SHAPE, **shape}), file_dtype)
     model = load_model(weights, quantizer, dtype=dtype, device=DEVICE, quantize_head=quantize is not None)
     if lora:
         adapt(model, lora)

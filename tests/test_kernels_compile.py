@@ -70,7 +70,7 @@ def weight(form: int, rows: int, size: int, nested: bool) -> Weight:
         return Weight(form, meta(rows, size, dtype=torch.float8_e4m3fn), rows, size, meta(rows, **fp32))
     words, blocks, table = meta(rows * size // 8, dtype=torch.int32), rows * size // 64, meta(24, dtype=torch.int32)
     if not nested:
-        return Weight(form, words, rows, size, meta(blocks, **fp32), None, table)
+        return Weight(form, words, rows, size, meta(blocks), None, table)
     inner = meta(blocks // 256, **fp32), meta(256, **fp32), meta(1, **fp32)
     return Weight(form, words, rows, size, meta(blocks, dtype=torch.uint8), inner, table)
 

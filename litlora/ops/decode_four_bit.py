@@ -196,7 +196,7 @@ def _four_bit_row(
         if nested:
             scale = tl.load(code + absmax.to(tl.int32)) * nested_absmax + shift
         else:
-            scale = absmax
+            scale = absmax.to(tl.float32)
         at = scaled + (ahead >> 3)
         if not even:
             at = tl.minimum(at, last)  # what lies behind a row is multiplied by 0
@@ -266,7 +266,7 @@ def _four_bit(
         if nested:
             scale = tl.load(code + absmax.to(tl.int32)) * nested_absmax + shift
         else:
-            scale = absmax
+            scale = absmax.to(tl.float32)
         at = tl.minimum(scaled + ahead // 64, last)  # what lies behind a row is multiplied by 0
         absmax = tl.load(scales + at)
         if nested:

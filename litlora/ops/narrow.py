@@ -26,7 +26,7 @@ def _dequantize(
         scale = tl.load(nested_code + index) * tl.load(nested_absmax + block // 256, mask=known, other=0.0)
         scale += tl.load(offset)
     else:
-        scale = tl.load(absmax + block, mask=known, other=0.0)
+        scale = tl.load(absmax + block, mask=known, other=0.0).to(tl.float32)
     byte = block[:, None] * 32 + tl.arange(0, 32)[None, :]
     pair = tl.load(packed + byte, mask=byte * 2 < size, other=0).to(tl.int32)
     high = tl.load(code + (pair >> 4)) * scale[:, None]
