@@ -39,10 +39,9 @@ class Card:
     def measured(cls, device: torch.device) -> Card | None:
         """Of this machine's GPU, in a fraction of a second; None for a CPU."""
         rate = matmul_rate(device, torch.bfloat16)
-        return None if rate is None else cls(SUSTAINED * rate, _copy_rate(device))
+        return None if rate is None else cls(rate, _copy_rate(device))
 
 
-SUSTAINED = 0.937  # of a short product's rate: the power limit
 H100 = Card(7.52e14, 2.98e12)
 
 
