@@ -502,13 +502,13 @@ def test_a_shrinking_batch_is_captured_without_having_run_before(monkeypatch: py
         capture(self, size, state)
 
     monkeypatch.setattr(Captured, "capture", spy)
-    captured = texts(model, prompts, Sampling(1.0, seed=3), 40, **settings)
+    captured = texts(model, prompts, Sampling(1.0, seed=3), 120, **settings)
     assert seen[0] == (192, True)
     assert {(128, False), (64, False), (32, False), (16, True)} <= set(seen), seen
     monkeypatch.setattr(
         Captured, "capture", lambda self, size, state: self.graphs.setdefault(size, _Eager(self, size, state))
     )
-    assert texts(model, prompts, Sampling(1.0, seed=3), 40, **settings) == captured
+    assert texts(model, prompts, Sampling(1.0, seed=3), 120, **settings) == captured
 
 
 class _Eager:
