@@ -68,7 +68,7 @@ SETTINGS = {
         Setting("nf4dq-all-full", "bnb.nf4-dq", ALL, "full"),
         Setting("bf16-all-selective", None, ALL, "selective"),
         Setting("bf16-all-offload", None, ALL, "offload"),
-        Setting("bf16-all-18gb", None, ALL, "auto", card_gb=17.9, goal_speed=14_500, goal_gb=18.0),
+        Setting("bf16-all-18gb", None, ALL, "auto", card_gb=17.8, goal_speed=14_500, goal_gb=18.0),
         Setting("bf16-all-24gb", None, ALL, "auto", card_gb=24 * 0.95 - 0.6),
         Setting("nf4dq-all-16gb", "bnb.nf4-dq", ALL, "auto", card_gb=16 * 0.95 - 0.6),
         Setting("bf16-qv-1304", None, QV, "full", length=1304, batch_size=16, steps=6, warmup=2, goal_gb=14.2),

@@ -87,7 +87,9 @@ class Layer:
         # of so many rows the last programs are few: the next kernel's fill up the card
         late = HALFWAY if pdl else AT_END
         self.inner = Linear(*inner, GATED, rows, dtype, words=words(outer), pdl=early(inner, rows, pdl), starts=late)
-        self.outer = Linear(*outer, ADD, rows, dtype, words=following, pdl=pdl)
+        # with absmax that are quantized, too, a program has more registers, and more of them than two no room
+        crowded = rows == 1 and words(outer) and outer[0][0].nested is None
+        self.outer = Linear(*outer, ADD, rows, dtype, words=following, pdl=pdl and not crowded)
         self.norm = block.post_attention_layernorm.weight.detach()
         self.head_norms: tuple[Tensor, Tensor, float] | None = None
         if isinstance(attention.q_norm, RMSNorm) and isinstance(attention.k_norm, RMSNorm):
