@@ -42,7 +42,7 @@ class Card:
         return None if rate is None else cls(rate, _copy_rate(device))
 
 
-H100 = Card(7.52e14, 2.98e12)
+H100 = Card(7.8e14, 2.98e12)  # as it was measured
 
 
 def seconds_per_token(recipe: Recipe, micro: MicroBatch, card: Card = H100) -> float:
@@ -63,7 +63,7 @@ def seconds_per_token(recipe: Recipe, micro: MicroBatch, card: Card = H100) -> f
     if recipe.quantize:  # made wide, or turned round, once a pass through the weights
         per_token += _unpacking(recipe, micro) * weights / card.memory / tokens
     if micro.policy == "offload":
-        per_token *= 1.05
+        per_token *= 1.02  # the host's memory is taken where that gains
     return per_token + START * layers / tokens
 
 
