@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import breakdown  # noqa: E402
 import card  # noqa: E402
-import first_token  # noqa: E402
+import from_command  # noqa: E402
 import numpy as np  # noqa: E402
 import peers  # noqa: E402
 import torch  # noqa: E402
@@ -388,7 +388,7 @@ def main(argv: list[str] | None = None) -> None:
         jobs.append(("tune", partial(tune.run, args.tune or list(tune.FORMATS), results.add, args.tiny)))
     jobs += [(name, partial(figures, name, args, results)) for name in args.models]
     if args.first_token:
-        jobs.append(("first token", partial(first_token.run, args.size, results.add)))
+        jobs.append(("first token", partial(from_command.first_token, args.size, results.add)))
     if args.beside:
         jobs.append(("beside transformers", partial(beside, args.beside, results.add)))
     for name, work in jobs:

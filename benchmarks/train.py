@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import card  # noqa: E402
+import from_command  # noqa: E402
 import peers  # noqa: E402
 import torch  # noqa: E402
 from runs import measure  # noqa: E402
@@ -189,6 +190,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", choices=SIZES, help="instead of each setting's own; tiny to try the script")
     parser.add_argument("--profile", nargs="*", default=[], help="settings (or all) whose kernels are listed by kind")
     parser.add_argument("--card", type=float, default=0, help="seconds for each figure of what the card sustains")
+    parser.add_argument("--first_step", action="store_true", help="the command itself, from a checkpoint on disk")
     parser.add_argument("--peers", type=Path, help="directory with the peers' drive.py; run after the settings")
     parser.add_argument("--peers_site", type=Path, help="archive of the peers' packages")
     parser.add_argument("--peers_jobs", nargs="+", default=peers.JOBS)
@@ -220,6 +222,10 @@ def main(argv: list[str] | None = None) -> None:
         ended = in_child(partial(figures, setting, args, results, import_seconds), min(args.limit, left))
         if ended:
             results.add({**labels(setting), "error": ended})
+    if args.first_step:
+        ended = in_child(partial(from_command.first_step, args.model or "llama2-7b", results.add), args.limit)
+        if ended:
+            results.add({"measure": "first step", "error": ended})
     if args.peers:
         peers.run(args.peers, args.peers_site, args.out, args.peers_seconds, args.peers_jobs)
 
