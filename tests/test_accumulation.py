@@ -1,10 +1,15 @@
-"""One denominator per optimizer step: how a step is cut into micro-batches changes nothing, to the last digits."""
+"""The training loop. One denominator per optimizer step: how a step is cut into micro-batches changes nothing, to the
+last digits."""
 
 from __future__ import annotations
+
+import gc
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 
 from litlora.config import ModelConfig, Rope
 from litlora.data import Counts, Dataset
@@ -13,6 +18,7 @@ from litlora.load import RandomWeights, load_model
 from litlora.lora import LoRA, adapt, lora_modules, lora_parameters
 from litlora.model import CausalLoss
 from litlora.packing import micro_batches
+from litlora.train import train
 
 CONFIG = ModelConfig(
     model_type="llama", vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -60,3 +66,18 @@ def test_a_fully_masked_row_changes_nothing() -> None:
     without = [row for row in range(8) if row != 3]
     for ours, theirs in zip(gradients(list(range(8))), gradients(without), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_a_run_is_not_held_up_by_what_was_there_before() -> None:
+    """Python's search for garbage leaves it out, until the run is over, however it ends."""
+    model = load_model(RandomWeights(CONFIG, torch.float32), Dense(torch.float32), dtype=torch.float32, device="cpu")
+    adapt(model, LoRA(targets=("q_proj",)))
+    fabric = Fabric(accelerator="cpu", devices=1)
+    loss, optimizer = fabric.setup(CausalLoss(model), torch.optim.SGD(lora_parameters(model)))
+    batches = [(1, micro_batches(ragged_rows(), list(range(8)), max_rows=4))] * 3
+    for most in (3, 1):
+        before = gc.get_freeze_count()
+        steps = train(fabric, loss, optimizer, batches, learning_rate=0.1, schedule=lambda step: 1.0, max_norm=None)
+        assert [gc.get_freeze_count() > before + 10_000 for _ in islice(steps, most)] == [True] * most
+        steps.close()  # type: ignore[attr-defined]
+        assert gc.get_freeze_count() == 0
