@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 LAYERS_A_SHARD = 8
 ROWS = 52_000  # Alpaca's
+FORMATS = ("none", "bnb.nf4", "fp8")
 
 
 def first_token(size: str, add: Callable[[Row], None]) -> None:
@@ -39,12 +40,12 @@ def first_token(size: str, add: Callable[[Row], None]) -> None:
             add(row | timed(scratch, [*command, "--checkpoint_dir", scratch], until=b""))
 
 
-def first_step(size: str, add: Callable[[Row], None], quantize: Sequence[str] = ("none", "bnb.nf4", "fp8")) -> None:
+def first_step(size: str, add: Callable[[Row], None]) -> None:
     """The articles' run up to its first step: 52,000 rows of Alpaca's lengths, query and value."""
     with tempfile.TemporaryDirectory() as scratch:
         made, data = base(Path(scratch), size), Path(scratch) / "rows.json"
         write_rows(data, ROWS if size != "tiny" else 200)
-        for name in quantize:
+        for name in FORMATS:
             for attempt, goal in (("cold", 60.0), ("warm", 25.0)):
                 command = ["finetune_lora", "--checkpoint_dir", scratch, "--data", "json", "--data_path", str(data)]
                 command += ["--prompt_style", "none", "--out_dir", f"{scratch}/{name}-{attempt}", "--max_steps", "9"]

@@ -37,7 +37,6 @@ import tune  # noqa: E402
 from settings import ALL, QV, SIZES, config_of, random_rows  # noqa: E402
 from train import Results, compiled_files, in_child, machine, process_age  # noqa: E402
 
-from litlora.config import ModelConfig  # noqa: E402
 from litlora.decode import generate, make_engine  # noqa: E402
 from litlora.engine import State  # noqa: E402
 from litlora.kv_cache import bytes_per_token  # noqa: E402
@@ -176,7 +175,7 @@ def steps(bench: Bench, args: argparse.Namespace) -> Iterator[Row]:
         if bench.device.type == "cuda" and room > torch.cuda.mem_get_info(bench.device)[0] - 2e9:
             yield {"measure": "steps", "rows": rows, "context": context, "skipped": "the cache does not fit"}
             continue
-        run = stepper(bench.model, bench.config, rows, context, bench.device)
+        run = stepper(bench.model, rows, context, bench.device)
         seconds = timed(run, bench.device, 40)
         row = {"measure": "steps", "rows": rows, "context": context, "ms": 1e3 * seconds}
         read = bench.read + rows * context * bytes_per_token(bench.config, bench.model.model.embed_tokens.weight.dtype)
@@ -190,12 +189,12 @@ def steps(bench: Bench, args: argparse.Namespace) -> Iterator[Row]:
                 stream.write(breakdown.top(kernels))
 
 
-def stepper(model: Decoder, config: ModelConfig, rows: int, context: int, device: torch.device) -> Callable[[], None]:
+def stepper(model: Decoder, rows: int, context: int, device: torch.device) -> Callable[[], None]:
     """A step of rows that all have `context` tokens, without their prompts: a cache of zeros takes as long to read."""
     engine = make_engine(model, rows, [context + 150] * rows)
     for row in range(rows):
         assert engine.admit(row, context + 150, 0)
-    state = State(engine.width, config.vocab_size, Sampling(), device)
+    state = State(engine.width, model.config.vocab_size, Sampling(), device)
     state.upload([(context, 0, row, 1) for row in range(rows)])
     lengths = [context] * rows
     engine.settle(list(range(rows)), lengths)

@@ -19,7 +19,7 @@ from torch import Tensor
 from litlora.engine import State
 from litlora.errors import InputError
 from litlora.few_rows import FewRows, Unsupported
-from litlora.kv_cache import PAGE, KVCache, Pages, bytes_per_token
+from litlora.kv_cache import PAGE, KVCache, Pages, bytes_per_token, pages_of
 from litlora.model import Decoder
 from litlora.ops.decode_attention import LARGEST_HEAD, Workspace, attend
 from litlora.ops.decode_kernels import MOST_ROWS
@@ -189,10 +189,6 @@ def few_rows_wanted(model: Decoder) -> bool:
 def has_pdl(device: torch.device) -> bool:
     """Whether a kernel may begin before the one in front of it has ended (programmatic dependent launch)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def pages_of(tokens: int) -> int:
-    return -(-tokens // PAGE)
 
 
 def pool(model: Decoder, capacities: Sequence[int], device: torch.device) -> int:

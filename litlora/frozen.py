@@ -174,11 +174,12 @@ class FourBitLinear(FrozenLinear):
         self.out_features, self.in_features = weight.shape
         self.kind, self.dtype = kind, dtype
         packed, state = _quantize(weight.contiguous(), kind, nested)
-        self.weight, self.code, self.nested = _frozen(packed), _frozen(state.code), nested
+        absmax = state.absmax
         # bitsandbytes' is in fp32, but each is one of the weights: half the bytes say the same of a file in 16 bit
-        same = None if nested else state.absmax.to(weight.dtype)
-        narrow = same is not None and torch.equal(same.float(), state.absmax)
-        self.absmax = _frozen(same if narrow else state.absmax)  # type: ignore[arg-type]
+        if not nested and torch.equal(absmax.to(weight.dtype).float(), absmax):
+            absmax = absmax.to(weight.dtype)
+        self.weight, self.absmax, self.code = _frozen(packed), _frozen(absmax), _frozen(state.code)
+        self.nested = nested
         if nested:
             self.absmax_absmax, self.absmax_code = _frozen(state.state2.absmax), _frozen(state.state2.code)
             self.offset = _frozen(state.offset)

@@ -52,6 +52,10 @@ def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
 PAGE = 64  # tokens
 
 
+def pages_of(tokens: int) -> int:
+    return -(-tokens // PAGE)
+
+
 class Pages:
     """Rows grow page by page, wherever one is free, so that no row keeps what it may never need."""
 
@@ -63,7 +67,7 @@ class Pages:
     def hold(self, row: int, tokens: int) -> bool:
         """Makes room for so many tokens of a row; False, and nothing changes, where there are too few pages."""
         pages = self.of.setdefault(row, [])
-        missing = -(-tokens // PAGE) - len(pages)
+        missing = pages_of(tokens) - len(pages)
         if missing > len(self.free):
             return False
         pages += [self.free.pop() for _ in range(missing)]

@@ -107,7 +107,7 @@ class _Held:
         self.host = side.take(x.nbytes)
         side.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.no_grad(), torch.cuda.stream(side.stream):
-            for piece, part in _side_by_side(self.host, x):
+            for piece, part in _paired(self.host, x):
                 piece.copy_(part, non_blocking=True)
         x.record_stream(side.stream)
 
@@ -118,7 +118,7 @@ class _Held:
         side.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.no_grad(), torch.cuda.stream(side.stream):
             self.x = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-            for piece, part in _side_by_side(self.host, self.x):
+            for piece, part in _paired(self.host, self.x):
                 part.copy_(piece, non_blocking=True)
             self.ready = side.stream.record_event()
         side.free += self.host
@@ -158,7 +158,7 @@ class _Side:
         return [self.free.pop() for _ in range(count)]
 
 
-def _side_by_side(pieces: list[Tensor], x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _paired(pieces: list[Tensor], x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pieces of the host's memory, and the bytes of x, which is contiguous, that belong there."""
     for piece, part in zip(pieces, x.view(-1).view(torch.uint8).split(PIECE), strict=True):
         yield piece[: len(part)], part

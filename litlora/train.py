@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from types import FrameType, TracebackType
 from typing import Any
@@ -223,21 +224,19 @@ def _optimizer_step(
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         optimizer.step()
+        clear()
 
+    clear = partial(optimizer.zero_grad, set_to_none=not micro_step.keeps_gradients)
     read = on_its_way(figures)
     updated = _updated_if_finite(optimizer, figures, update)
     works.begin()
-    if updated:
-        optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
     mean, size = read()  # the only wait for the card in a step
-    finite = math.isfinite(mean) and math.isfinite(size)
     bad_rows: tuple[int, ...] = ()
-    if not finite:
+    if not (math.isfinite(mean) and math.isfinite(size)):
         bad_rows = _bad_rows(fabric, model, optimizer, work, losses)
+        clear()
     elif not updated:
         update()
-    if not (updated and finite):
-        optimizer.zero_grad(set_to_none=not micro_step.keeps_gradients)
     return mean, size, bad_rows
 
 

@@ -202,9 +202,9 @@ def test_an_input_is_put_together_from_the_pieces_it_left_in(size: int, monkeypa
     monkeypatch.setattr(recompute, "PIECE", 48)
     x, back = torch.randn(size, 2, dtype=torch.bfloat16), torch.empty(size, 2, dtype=torch.bfloat16)
     pieces = [torch.zeros(48, dtype=torch.uint8) for _ in range(-(-4 * size // 48))]
-    for piece, part in recompute._side_by_side(pieces, x):
+    for piece, part in recompute._paired(pieces, x):
         piece.copy_(part)
-    for piece, part in recompute._side_by_side(pieces, back):
+    for piece, part in recompute._paired(pieces, back):
         part.copy_(piece)
     assert torch.equal(back, x)
 
