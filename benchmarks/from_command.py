@@ -55,8 +55,8 @@ def first_step(size: str, add: Callable[[Row], None]) -> None:
 
 
 def timed(scratch: str, command: list[str], until: bytes) -> Row:
-    """Seconds until the command says `until` on stderr, which ends it, or anything on stdout where that is empty.
-    Kernels and rows of earlier commands over `scratch` are found again."""
+    """Seconds until the command says `until` on stderr, which ends it, or anything on stdout where that is empty, and
+    when each line before was said. Kernels and rows of earlier commands over `scratch` are found again."""
     started = time.perf_counter()
     caches = {"TRITON_CACHE_DIR": f"{scratch}/triton", "LITLORA_CACHE": f"{scratch}/cache"}
     environment = os.environ | caches | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -64,16 +64,17 @@ def timed(scratch: str, command: list[str], until: bytes) -> Row:
     process = subprocess.Popen(whole, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
     assert process.stdout is not None
     assert process.stderr is not None
-    said = b""
+    said, lines = b"", []
     if not until:
         process.stdout.read(1)
     while until and until not in said and (line := process.stderr.readline()):
         said += line
+        lines.append([round(time.perf_counter() - started, 2), line.decode(errors="replace")[:40]])
     seconds = time.perf_counter() - started
     if until:
         process.kill()
     said += process.communicate()[1]
-    row: Row = {"seconds": seconds, "said": said.decode(errors="replace")[-300:]}
+    row: Row = {"seconds": seconds, "lines": lines, "said": said.decode(errors="replace")[-300:]}
     good = until in said if until else process.returncode == 0
     return row if good else row | {"error": f"exit code {process.returncode}"}
 

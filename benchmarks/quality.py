@@ -68,6 +68,7 @@ class Work:
     short: bool = False  # FUSED_STEPS, without validation
     keep: str = "none"  # as --activation_checkpointing
     plain: bool = False  # the plain operations
+    precision: str | None = None  # another than --precision
     peft: bool = False  # by transformers + PEFT
 
 
@@ -75,6 +76,7 @@ WORK = {
     "PEFT bnb.nf4": Work("bnb.nf4", peft=True),  # the longest runs begin first
     "PEFT bnb.fp4": Work("bnb.fp4", peft=True),
     "plain": Work(short=True, plain=True),
+    "fp32": Work(short=True, plain=True, precision="32-true"),
     "bf16": Work(),
     "fp8": Work("fp8"),
     "bnb.nf4": Work("bnb.nf4"),
@@ -85,7 +87,7 @@ WORK = {
     "fused, full": Work(short=True, keep="full"),
 }
 PARTS = {
-    "fused": ("plain", "fused", "fused, selective", "fused, full"),
+    "fused": ("fp32", "plain", "fused", "fused, selective", "fused, full"),
     "formats": ("bf16", "fp8", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4"),
     "peers": ("PEFT bnb.nf4", "PEFT bnb.fp4", "bnb.nf4", "bnb.fp4"),
 }
@@ -94,6 +96,8 @@ CHECKS: tuple[tuple[str, str, str, float | None], ...] = (
     ("fused", "plain", "losses", 1e-2),
     ("fused, selective", "plain", "losses", 1e-2),
     ("fused, full", "plain", "losses", 1e-2),
+    ("fused", "fp32", "losses", None),  # how far bf16 is from it anyhow
+    ("plain", "fp32", "losses", None),
     ("fused, selective", "fused", "losses", 1e-2),
     ("fused, full", "fused", "losses", 1e-2),
     ("fp8", "bf16", "val_loss", 1e-2),
@@ -153,7 +157,7 @@ def equal_bytes(run: Run, model: Any) -> float:
 def figures(name: str, run: Run, encode: Encode, eos: int, results: Results, scratch: str) -> None:
     """Adds the run's row, or one that says why there are no figures. Its files lie in `scratch`."""
     work, started = WORK[name], time.perf_counter()
-    run = replace(run, quantize=work.quantize)
+    run = replace(run, quantize=work.quantize, precision=work.precision or run.precision)
     if work.short:
         run = replace(run, steps=min(FUSED_STEPS, run.steps), validation=())
     directory = Path(scratch) / name.replace(", ", "_").replace(" ", "_")
@@ -256,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = choose_rows(json.loads(args.data.read_text()), encode, count + args.validation_rows, args.longest)
     run = Run(
         args.base, rows[:count], args.steps, args.batch_size, args.longest, False, learning_rate=args.learning_rate,
-        warmup=min(20, args.steps // 10), precision=args.precision, device=pick_device("auto").type,
+        warmup=min(20, args.steps // 3), precision=args.precision, device=pick_device("auto").type,
         validation=rows[count:],
     )  # fmt: skip
     wanted = {name for part in args.parts for name in PARTS[part]}

@@ -12,9 +12,9 @@ from typing import Any
 
 import breakdown
 import torch
-from lightning.fabric import Fabric
 from settings import Setting, config_of, mean_length, random_rows
 
+from litlora.fabric import open_fabric
 from litlora.load import RandomWeights, load_model, parameter_count
 from litlora.lora import adapt, lora_parameters
 from litlora.memory import MicroBatch, Recipe, usable_memory
@@ -26,7 +26,7 @@ from litlora.pace import Card, choose_micro_batch, seconds_of_run
 from litlora.packing import Batch, micro_batches, packs
 from litlora.precision import RunPrecision, pick_device
 from litlora.recompute import Kept
-from litlora.train import FabricPrecision, Step, train
+from litlora.train import Step, train
 
 Row = dict[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,7 +48,7 @@ class Run:
         precision = "bf16-true" if self.device.type == "cuda" else "32-true"
         self.precision = RunPrecision(precision, setting.quantize, self.device)
         require_optimizer(setting.optimizer, self.device)
-        self.fabric = Fabric(accelerator=self.device.type, devices=1, plugins=[FabricPrecision(self.precision)])
+        self.fabric = open_fabric(self.device, self.precision)
         torch.manual_seed(0)
         reset_peak_memory(self.device)
         started = time.perf_counter()

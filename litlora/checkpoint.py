@@ -53,20 +53,28 @@ class TensorInfo:
     offset: int
     nbytes: int
 
-    def read(self) -> Tensor:
-        """The tensor on the CPU, in a buffer of its own."""
-        buffer = torch.empty(self.nbytes, dtype=torch.uint8)
+    def read(self, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor on `device`, in a buffer of its own."""
+        buffer = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        read_into = self._send_into if buffer.is_cuda else self._read_into
         if self.nbytes <= READ:
-            self._read_into(buffer, 0)
+            read_into(buffer, 0)
         else:
             with ThreadPoolExecutor(READERS) as readers:
-                for _ in readers.map(self._read_into, buffer.split(READ), range(0, self.nbytes, READ)):
+                for _ in readers.map(read_into, buffer.split(READ), range(0, self.nbytes, READ)):
                     pass
         return buffer.view(self.dtype).view(self.shape)
 
     def _read_into(self, part: Tensor, start: int) -> None:
         if len(part):
             _pread_into(self.file, part.numpy().data, self.offset + start)
+
+    def _send_into(self, part: Tensor, start: int) -> None:
+        """By way of pinned memory, which torch gives out again once the card has it: a card fetches from there by
+        itself, and pages that were used before are not asked of the system again."""
+        pinned = torch.empty(len(part), dtype=torch.uint8, pin_memory=True)
+        self._read_into(pinned, start)
+        part.copy_(pinned, non_blocking=True)
 
     def same(self, other: TensorInfo) -> bool:
         """Whether the two hold the same, byte for byte; neither is read as a whole."""
@@ -225,8 +233,8 @@ class Checkpoint:
                 fix="download the checkpoint again",
             )
 
-    def read(self, name: str) -> Tensor:
-        return self.tensors[name].read()
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        return self.tensors[name].read(device)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -4,8 +4,9 @@ time, so that the host never holds more than one."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -35,10 +36,11 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Directory:
-    """The weights of a Hugging Face directory, checked against its config before anything is read."""
+    """The weights of a Hugging Face directory, checked against its config before anything is read to `device`."""
 
     config: ModelConfig
     checkpoint: Checkpoint
+    device: torch.device | str = "cpu"
 
     @classmethod
     def open(cls, path: Path) -> Directory:
@@ -57,7 +59,7 @@ class Directory:
         return directory
 
     def read(self, name: str) -> Tensor:
-        return self.checkpoint.read(name)
+        return self.checkpoint.read(name, self.device)
 
 
 @dataclass(frozen=True)
@@ -123,23 +125,35 @@ def load_model(
 ) -> Decoder:
     """The frozen model on `device`. `dtype` is that of everything that is not quantized: embedding, norms, head."""
     config, dense = weights.config, Dense(dtype)
+    if isinstance(weights, Directory):
+        weights = replace(weights, device=device)
     decoder = meta_decoder(config, ops)
     decoder.inverse_frequencies = decoder.inverse_frequencies.to(device)
     linears = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    for name, module in decoder.named_modules():  # first what is no linear: the tied head needs the embedding
-        if name not in linears:
-            for leaf, _ in list(module.named_parameters(recurse=False)):
-                tensor = weights.read(f"{name}.{leaf}").to(device=device, dtype=dtype)
-                setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+    others = [  # first what is no linear: the tied head needs the embedding
+        (name, module, leaf)
+        for name, module in decoder.named_modules()
+        if name not in linears
+        for leaf, _ in module.named_parameters(recurse=False)
+    ]
+    tied = config.tie_word_embeddings
+
+    def source(name: str) -> str | None:
+        """The tensor of a linear's weight, None where it is the embedding's Parameter, not a copy."""
+        if name == "lm_head" and tied:
+            return "model.embed_tokens.weight" if quantize_head else None
+        return f"{name}.weight"
+
+    wanted = [f"{name}.{leaf}" for name, _, leaf in others]
     for name, module in linears.items():
-        tied = name == "lm_head" and config.tie_word_embeddings
-        if tied and not quantize_head:
-            weight: Tensor = decoder.model.embed_tokens.weight
-        else:
-            weight = weights.read("model.embed_tokens.weight" if tied else f"{name}.weight").to(device)
-        bias = None if module.bias is None else weights.read(f"{name}.bias").to(device)
+        wanted += [tensor for tensor in (source(name), f"{name}.bias" if module.bias is not None else None) if tensor]
+    arriving = _arriving(weights, wanted, torch.device(device))
+    for _, module, leaf in others:
+        setattr(module, leaf, nn.Parameter(next(arriving).to(dtype), requires_grad=False))
+    for name, module in linears.items():
+        weight: Tensor = next(arriving) if source(name) else decoder.model.embed_tokens.weight
+        bias = None if module.bias is None else next(arriving)
         chosen = quantizer if name != "lm_head" or quantize_head else dense
-        # a tied head that stays dense shares the embedding's Parameter, not a copy
         decoder.set_submodule(name, chosen.freeze(weight, bias))
         del weight, bias  # else they are held while the next are read
         if name.endswith(".v_proj"):  # the last of three
@@ -147,3 +161,18 @@ def load_model(
             assert isinstance(attention, Attention)
             join(attention.projections)
     return decoder
+
+
+def _arriving(weights: Weights, names: Sequence[str], device: torch.device) -> Iterator[Tensor]:
+    """The tensors on `device`, in this order. A card's next one is read while one is put to use."""
+    if device.type != "cuda":
+        for name in names:
+            yield weights.read(name).to(device)
+        return
+    with ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(weights.read, name) for name in names[:1]]
+        for following in (*names[1:], None):
+            arrived = ahead.pop()
+            if following:
+                ahead.append(reader.submit(weights.read, following))
+            yield arrived.result().to(device)

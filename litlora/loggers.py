@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.loggers import Logger, TensorBoardLogger
-
 from litlora.checkpoint import write_text
 from litlora.errors import InputError
 from litlora.metrics import say
@@ -42,9 +40,11 @@ class Loggers:
     def __init__(self, logger: str, out_dir: Path, settings: Mapping[str, Any], done: int) -> None:
         """`logger`: as the flag; `done`: the steps that a resumed run has. Weights & Biases is reached here, before the
         first step."""
-        self.loggers: list[Logger] = []
+        self.loggers: list[Any] = []
         names = require_loggers(logger)
         if TENSORBOARD in names:
+            from lightning_fabric.loggers import TensorBoardLogger
+
             purge = done + 1 if done else None
             self.loggers.append(TensorBoardLogger(out_dir, name=TENSORBOARD, version="", purge_step=purge))
         if WANDB in names:
@@ -69,7 +69,7 @@ class Loggers:
             say(f"warning: {type(logger).__name__} failed, and is left out from here on: {error}")
 
 
-class WandbLogger(Logger):  # type: ignore[misc]  # Fabric has no types here
+class WandbLogger:
     """A run at Weights & Biases, in out_dir/wandb; its id lies there for a resumed run.
 
     Lightning's own counts calls, and gives the step as one more metric: after a kill steps would be there twice. Here
@@ -79,14 +79,6 @@ class WandbLogger(Logger):  # type: ignore[misc]  # Fabric has no types here
     def __init__(self, out_dir: Path, settings: Mapping[str, Any]) -> None:
         self.out_dir, self.settings = out_dir, {key: _plain(value) for key, value in settings.items()}
         self.run: Any = None
-
-    @property
-    def name(self) -> str:
-        return self.out_dir.name
-
-    @property
-    def version(self) -> str | None:
-        return None if self.run is None else str(self.run.id)
 
     def start(self) -> WandbLogger:
         """Raises what wandb raises where it has no account or network."""
@@ -99,15 +91,15 @@ class WandbLogger(Logger):  # type: ignore[misc]  # Fabric has no types here
         write_text(file, run_id + "\n")
         project = os.environ.get("WANDB_PROJECT", "litlora")
         self.run = wandb.init(
-            project=project, name=self.name, id=run_id, resume="allow", dir=self.out_dir, config=self.settings
+            project=project, name=self.out_dir.name, id=run_id, resume="allow", dir=self.out_dir, config=self.settings
         )
         return self
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         self.run.log(dict(metrics), step=step)
 
-    def log_hyperparams(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        self.run.config.update(dict(params), allow_val_change=True)
+    def save(self) -> None:
+        """wandb has a process that does."""
 
     def finalize(self, status: str) -> None:
         self.run.finish(exit_code=0 if status == "success" else 1)

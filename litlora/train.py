@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import os
 import signal
@@ -19,40 +18,16 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.precision import Precision
 from torch import Tensor, nn
 
-from litlora.graphs import Captured, Eager, MicroStep, fastest_micro_step
+from litlora.graphs import Captured, Eager, Launcher, MicroStep, fastest_micro_step
 from litlora.optimizers import state_bytes
 from litlora.packing import Batch
-from litlora.precision import RunPrecision
 from litlora.transfer import on_its_way
-
-# Fabric advises tf32 products at every start: the precision here is the user's flag
-logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 
 
 class TrainingError(RuntimeError):
     """The run cannot go on, through no fault of the program (losses that are no numbers, a disk that is full)."""
-
-
-class FabricPrecision(Precision):  # type: ignore[misc]  # Fabric has no types here
-    """A RunPrecision, which names quantizer and dtypes, as Fabric's plugin.
-
-    Fabric's own BitsandbytesPrecision swaps every Linear after loading and goes through fp16; with ours the model was
-    loaded right, tensor by tensor, and a cast would round the quantizers' constants.
-    """
-
-    def __init__(self, run: RunPrecision) -> None:
-        self.precision = run.precision
-        self.run = run
-
-    def convert_module(self, module: nn.Module) -> nn.Module:
-        return module
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        return self.run.forward_context()
 
 
 @dataclass(frozen=True)
@@ -72,7 +47,7 @@ class Step:
 
 
 def train(
-    fabric: Fabric,
+    fabric: Launcher,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[tuple[int, Sequence[Batch]]],
@@ -196,7 +171,7 @@ class _Ahead:
 
 
 def _optimizer_step(
-    fabric: Fabric,
+    fabric: Launcher,
     model: Any,
     optimizer: torch.optim.Optimizer,
     micro_step: MicroStep,
@@ -262,7 +237,7 @@ def _grad_norm(optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def _bad_rows(
-    fabric: Fabric,
+    fabric: Launcher,
     model: Any,
     optimizer: torch.optim.Optimizer,
     work: _Work,

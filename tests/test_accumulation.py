@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from litlora.config import ModelConfig, Rope
 from litlora.data import Counts, Dataset

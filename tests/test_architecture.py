@@ -12,9 +12,8 @@ ROOT = Path(__file__).parents[1] / "litlora"
 FLOORS = [  # from the top down; rooms of one floor may use each other, but in no circle
     "__main__ cli completion",
     "commands",
-    "load decode decode_graph engine few_rows train merge merge_verify merge_write answers memory precision optimizers "
-    "run_files resume hub "
-    "meta_format flops report loggers model_card samples graphs pace",
+    "load decode decode_graph engine few_rows train fabric merge merge_verify merge_write answers memory precision "
+    "optimizers run_files resume hub meta_format flops report loggers model_card samples graphs pace",
     "peft_format model packing sampling meta_tokenizer deltas",
     "lora sequences kv_cache data recompute",
     "frozen checkpoint ops config tokenizer metrics markdown expressions flat_yaml transfer",
@@ -22,7 +21,7 @@ FLOORS = [  # from the top down; rooms of one floor may use each other, but in n
 ]
 APART = [("model", "lora"), ("model", "frozen"), ("model", "checkpoint"), ("lora", "model")]
 LIBRARIES = {  # and the rooms they stay in
-    "lightning": "train commands loggers",
+    "lightning_fabric": "fabric loggers",
     "matplotlib": "report",
     "wandb": "loggers",
     "bitsandbytes": "frozen optimizers",

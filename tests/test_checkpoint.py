@@ -86,6 +86,19 @@ def test_every_dtype_and_shape_is_read_as_the_library_reads_it(
     assert opened.shards[0].metadata == {"format": "pt", "ü": "é"}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_card_reads_the_same_bytes(tmp_path: Path) -> None:
+    """More pieces than there are pinned buffers of other pieces to mistake them for."""
+    tensors = sample_tensors() | {"large": torch.randint(0, 256, (40 * checkpoint.READ + 3,), dtype=torch.uint8)}
+    save_file(tensors, tmp_path / SINGLE)
+    opened = Checkpoint(tmp_path)
+    for name, tensor in tensors.items():
+        read = opened.read(name, "cuda")
+        assert read.is_cuda
+        assert same_bytes(read.cpu(), tensor), name
+
+
 def test_a_read_tensor_owns_its_memory(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(4), "b": torch.zeros(4)}, tmp_path / SINGLE)
     opened = Checkpoint(tmp_path)

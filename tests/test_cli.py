@@ -32,6 +32,15 @@ def test_help_names_every_command_and_does_not_import_torch() -> None:
     assert all(name in done.stdout for name in COMMANDS)
 
 
+def test_a_mistyped_flag_or_file_does_not_wait_for_lightning(tmp_path: Path) -> None:
+    code = "import sys; from litlora.cli import call; code = call(sys.argv[1:]); "
+    code += "sys.exit('lightning_fabric' in sys.modules or code)"
+    words = ["finetune_lora", "--checkpoint_dir", str(tmp_path / "no"), "--data", "alpaca", "--out_dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2, done.stderr
+    assert "the checkpoint directory does not exist" in done.stderr
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_documents_every_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     import dataclasses

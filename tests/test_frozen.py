@@ -6,7 +6,7 @@ import json
 import warnings
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import pytest
@@ -32,7 +32,7 @@ from litlora.frozen import (
     join,
     make_quantizer,
 )
-from litlora.load import Directory, RandomWeights, expected_shapes, load_model
+from litlora.load import Directory, RandomWeights, _arriving, expected_shapes, load_model
 from litlora.sequences import Packed
 
 CPU = torch.device("cpu")
@@ -149,10 +149,10 @@ def test_autocast_computes_in_its_dtype(name: str | None) -> None:
 def test_a_cast_moves_but_never_rounds(name: str) -> None:
     linear = make_quantizer(name, torch.float32, CPU).freeze(torch.randn(96, 128), torch.randn(96))
     before, dense = {n: p.clone() for n, p in linear.named_parameters()}, linear.dense_weight()
-    for cast in (linear.to(torch.bfloat16), linear.half(), nn.Sequential(linear).double()[0]):
-        assert isinstance(cast, FrozenLinear)
-        assert all(p.dtype == before[n].dtype and torch.equal(p, before[n]) for n, p in cast.named_parameters())
-        assert torch.equal(cast.dense_weight(), dense)
+    for moved in (linear.to(torch.bfloat16), linear.half(), nn.Sequential(linear).double()[0]):
+        assert isinstance(moved, FrozenLinear)
+        assert all(p.dtype == before[n].dtype and torch.equal(p, before[n]) for n, p in moved.named_parameters())
+        assert torch.equal(moved.dense_weight(), dense)
     if isinstance(linear, FourBitLinear):
         assert linear.absmax.dtype == (torch.uint8 if linear.nested else torch.float32)
     meta = linear.to("meta")
@@ -365,6 +365,33 @@ def test_heads_and_embeddings_stay_dense_unless_asked(tied: bool, quantize_head:
     assert not any(parameter.requires_grad for parameter in model.parameters())
     packed = Packed.of_lengths([5])
     assert model.lm_head(model(torch.arange(5), packed)).isfinite().all()
+
+
+def test_a_card_reads_one_tensor_ahead() -> None:
+    """In order, never two ahead; what cannot be read is said when its turn comes."""
+    read: list[str] = []
+
+    class Given:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def to(self, device: torch.device) -> str:
+            return self.name
+
+    class Source:
+        def read(self, name: str) -> Any:
+            read.append(name)
+            if name == "bad":
+                raise OSError("the disk is gone")
+            return Given(name)
+
+    names = ["a", "b", "c", "bad", "d"]
+    arriving = _arriving(cast(Any, Source()), names, torch.device("cuda"))
+    for number, name in enumerate(names[:3]):
+        assert cast(Any, next(arriving)) == name
+        assert len(read) <= number + 2
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(arriving)
 
 
 def test_what_is_quantized_is_what_the_file_holds(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def test_every_run_on_the_tiny_real_model(material: Callable[[str], Path], tmp_p
     assert not [row for row in rows if "error" in row], done.stderr
     assert all(row["losses"][-1] < row["losses"][0] for row in runs.values())
     found = {(row["check"], row["beside"]): row for row in rows if "check" in row}
-    assert len(found) == 7
-    assert all(row["holds"] for row in found.values())
+    assert len(found) == 9
+    assert all(row["holds"] or row["limit"] is None for row in found.values())
     for name in ("bnb.nf4", "bnb.fp4"):
         assert runs[f"PEFT {name}"]["equal_bytes"] == 1
         assert abs(found[name, f"PEFT {name}"]["apart"]) < 1e-3
@@ -68,7 +68,8 @@ def row(run: str, losses: list[float], val_loss: float | None = None) -> Row:
 def test_limits_and_what_has_no_figures() -> None:
     nan = float("nan")
     rows = [
-        row("plain", [2.0, 1.0]), row("fused", [2.0, 1.011]), row("fused, full", [2.01, 1.005]),
+        row("fp32", [2.0, 1.0]), row("plain", [2.0, 1.0]), row("fused", [2.0, 1.011]),
+        row("fused, full", [2.01, 1.005]),
         row("fused, selective", [2.0, nan]), row("bf16", [2.0], 2.0), row("fp8", [2.0], 1.97),
         row("bnb.nf4", [2.0], 2.1), row("PEFT bnb.nf4", [2.0], 2.09), row("bnb.fp4", [2.0], None),
         {"run": "PEFT bnb.fp4", "error": "exit code 1"},
@@ -76,6 +77,7 @@ def test_limits_and_what_has_no_figures() -> None:
     holds = {(check["check"], check["beside"]): check["holds"] for check in quality.checks(rows)}
     assert holds == {
         ("fused", "plain"): False, ("fused, full", "plain"): True, ("fused, selective", "plain"): False,
+        ("fused", "fp32"): None, ("plain", "fp32"): None,
         ("fused, selective", "fused"): False, ("fused, full", "fused"): True, ("fp8", "bf16"): False,
         ("bnb.nf4", "bf16"): None, ("bnb.fp4", "bf16"): None, ("bnb.nf4", "PEFT bnb.nf4"): True,
     }  # fmt: skip

@@ -425,7 +425,7 @@ def test_weights_and_biases_offline_goes_on_in_the_same_run(tmp_path: Path, monk
     ids = []
     for done in (0, 2):
         loggers = Loggers("wandb", tmp_path / "run", {"lora_r": 8, "path": Path("x")}, done)
-        ids.append(loggers.loggers[0].version)
+        ids.append(loggers.loggers[0].run.id)
         for step in range(done + 1, done + 4):
             loggers.write({"step": step, "loss": 1 / step, "val_loss": None}, step)
         loggers.close("success")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric import Fabric
 
 from litlora import __version__
 from litlora.commands.common import record_style
@@ -40,7 +40,10 @@ from litlora.packing import Batch, collate
 from litlora.peft_format import Record, load_factors
 from litlora.resume import Totals
 from litlora.run_files import RunFiles
-from litlora.train import FabricPrecision, Stop, train
+from litlora.train import Stop, train
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 def run(args: Args, given: frozenset[str] = frozenset()) -> None:
@@ -51,8 +54,10 @@ def run(args: Args, given: frozenset[str] = frozenset()) -> None:
     announce(job)
     if args.dry_run or is_finished(job):
         return
+    from litlora.fabric import open_fabric  # only now: it takes seconds
+
     make_deterministic(args.deterministic)
-    fabric = Fabric(accelerator=job.device.type, devices=1, plugins=[FabricPrecision(job.precision)])
+    fabric = open_fabric(job.device, job.precision)
     fabric.seed_everything(args.seed, verbose=False)
     training = set_up(job, fabric, build(job))
     try:

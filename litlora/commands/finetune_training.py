@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.fabric import Fabric
 from torch import nn
 
 from litlora.commands.finetune_job import Job
@@ -27,6 +27,9 @@ from litlora.resume import Conditions, Totals
 from litlora.run_files import MetricsFile, RunFiles
 from litlora.samples import Sample, add_sample
 from litlora.train import Step, TrainingError, undisturbed
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 
 @dataclass
