@@ -71,10 +71,11 @@ class FrozenLinear(nn.Module):
         """(O, I), as `mm` uses it."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        """x Wᵀ + bias; `add` (N, O) counts before the product is rounded, where that can be had."""
         if torch.is_autocast_enabled(x.device.type):  # a custom Function is not autocast by itself
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = _FrozenMatmul.apply(x, self) if x.requires_grad else self.mm(x)  # type: ignore[no-untyped-call]
+        y: Tensor = _FrozenMatmul.apply(x, self, add)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def parts(self) -> Parts:
@@ -92,13 +93,18 @@ def _product(x: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
 
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: FrozenLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, linear: FrozenLinear, add: Tensor | None) -> Tensor:
         ctx.linear = linear
-        return linear.mm(x)
+        if add is None:
+            return linear.mm(x)
+        if not linear.accumulates or len(x) == 1:  # mm may have a kernel for one row
+            return linear.mm(x) + add
+        return torch.addmm(add, x, linear.dense_weight().to(x.dtype).t())
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.linear.mm_t(gradients[0]), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        dx = ctx.linear.mm_t(gradients[0]) if ctx.needs_input_grad[0] else None
+        return dx, None, gradients[0] if ctx.needs_input_grad[2] else None
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
@@ -129,8 +135,11 @@ class DenseLinear(FrozenLinear):
     def dense_weight(self) -> Tensor:
         return self.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        if add is None:
+            return F.linear(x, self.weight, self.bias)
+        y = torch.addmm(add, x, self.weight.t())
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 def _quantize(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, Any]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litlora.errors import InputError
+from litlora.frozen import FrozenLinear
 from litlora.ops.parts import Parts
 
 Number = TypeVar("Number", int, float)
@@ -98,10 +99,12 @@ class LoRALinear(nn.Module):
         self.lora_B.to(device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x)
         z = F.dropout(x, self.dropout, self.training) if self.dropout else x
         z = F.linear(F.linear(z, self.lora_A.weight.to(x.dtype)), self.lora_B.weight.to(x.dtype))
-        return y + self.scale * z
+        z = self.scale * z
+        if isinstance(self.base_layer, FrozenLinear):  # small updates are lost on a sum that is rounded already
+            return self.base_layer(x, z)  # type: ignore[no-any-return]
+        return self.base_layer(x) + z  # type: ignore[no-any-return]
 
     def parts(self) -> Parts | None:
         """For the fused operations; None where the base trains itself."""

@@ -39,6 +39,7 @@ from litlora.ops import (
     narrow,
     reference,
 )
+from litlora.ops.parts import Parts
 from litlora.ops.reference import Keep
 from litlora.packing import Batch
 from litlora.recompute import Kept
@@ -443,6 +444,24 @@ def test_linear_add(r: int, dtype: torch.dtype) -> None:
         return backward([ops.linear_add(residual, x, module)], [residual, x, *trained(module)])
 
     held(run, dtype)
+
+
+@pytest.mark.parametrize("base", [None, "bnb.nf4"])
+@pytest.mark.parametrize("rank", [8, 100])
+@pytest.mark.parametrize("residual", [0.0, 4.0])
+def test_small_updates_are_not_rounded_away(residual: float, rank: int, base: str | None) -> None:
+    """What an adapter adds in its first steps is far below what bf16 tells apart; on average it counts."""
+    torch.manual_seed(0)
+    frozen = make_quantizer(base, torch.bfloat16, DEVICE).freeze(random(256, 128, scale=0.1), None)
+    x, below = random(1024, 128, dtype=torch.bfloat16), random(1024, 256, dtype=torch.bfloat16, scale=residual)
+    z, b = random(1024, rank, dtype=torch.bfloat16), random(256, rank, dtype=torch.bfloat16, scale=1e-3 / rank**0.5)
+
+    def output(z: Tensor) -> Tensor:
+        return group._output(Parts(frozen), x, (z, b), below if residual else None).float()
+
+    wanted = z.float() @ b.float().t()
+    found = output(z) - output(torch.zeros_like(z))
+    assert float((found * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.15)
 
 
 @pytest.mark.parametrize("r", [0, 4])

@@ -56,6 +56,28 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {n.replace(".base_layer", ""): t.detach().clone() for n, t in tensors.items() if "lora_" not in n}
 
 
+@pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
+def test_small_updates_are_not_rounded_away(quantize: str | None) -> None:
+    """What an adapter adds in its first steps is far below what bf16 tells apart; on average it counts. Added to a
+    product that is rounded already, half of this one is lost."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(192, 128) / 128**0.5, torch.randn(512, 128).bfloat16()
+    frozen = make_quantizer(quantize, torch.bfloat16, torch.device("cpu")).freeze(weight, None)
+    linear = LoRALinear(frozen, 8, 1.0, 0.0, torch.float32)
+    with torch.no_grad():
+        before = linear(x).float()
+        linear.lora_B.weight.normal_(std=6e-4)
+        wanted = x.float() @ linear.lora_A.weight.t() @ linear.lora_B.weight.t()
+        found = linear(x).float() - before
+        naive = (frozen(x) + wanted.bfloat16()).float() - before
+
+    def share(update: Tensor) -> float:
+        return float((update * wanted).sum() / wanted.square().sum())
+
+    assert share(found) == pytest.approx(1, abs=0.1)
+    assert share(naive) < 0.7
+
+
 @pytest.mark.parametrize("flags", TOGGLES[1:], ids=toggle_id)
 def test_every_toggle_starts_at_the_base_and_trains_only_itself(flags: dict[str, bool]) -> None:
     tied = flags["lora_mlp"]  # both kinds of embedding, over the combinations
