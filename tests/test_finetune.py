@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from litlora.cli import call
-from litlora.commands import finetune_lora
+from litlora.commands import finetune_lora, finetune_training
 from litlora.peft_format import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
@@ -93,14 +93,16 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(tmp_path: Path) -> None:
     assert whole == pytest.approx(ones, rel=1e-5)
 
 
-def test_best_and_last_are_kept_apart(tmp_path: Path) -> None:
-    """A rate far too high makes the second validation worse: out_dir stays at the first, last/ goes on."""
-    assert finetune(tmp_path / "run", learning_rate=3.0, max_steps=4, eval_interval=1) == 0
-    losses = [float(row["val_loss"]) for row in metrics(tmp_path / "run")]
-    best = losses.index(min(losses)) + 1
-    assert best < 4, losses
-    assert json.loads((tmp_path / "run" / "litlora.json").read_text())["step"] == best
+def test_best_and_last_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third validation is worse than the second: out_dir stays at that, last/ goes on."""
+    losses = iter([3.0, 2.0, 4.0, 2.5])
+    monkeypatch.setattr(finetune_training, "validation_loss", lambda *_: next(losses))
+    assert finetune(tmp_path / "run", max_steps=4, eval_interval=1) == 0
+    assert [float(row["val_loss"]) for row in metrics(tmp_path / "run")] == [3.0, 2.0, 4.0, 2.5]
+    assert json.loads((tmp_path / "run" / "litlora.json").read_text())["step"] == 2
     assert json.loads((tmp_path / "run" / "last" / "litlora.json").read_text())["step"] == 4
+    best, last = ((tmp_path / "run" / name / WEIGHTS).read_bytes() for name in (".", "last"))
+    assert best != last
 
 
 def test_without_validation_the_best_is_the_last(tmp_path: Path) -> None:
