@@ -130,28 +130,24 @@ def load_model(
     decoder = meta_decoder(config, ops)
     decoder.inverse_frequencies = decoder.inverse_frequencies.to(device)
     linears = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    others = [  # first what is no linear: the tied head needs the embedding
-        (name, module, leaf)
-        for name, module in decoder.named_modules()
-        if name not in linears
-        for leaf, _ in module.named_parameters(recurse=False)
+    others = [(name, module) for name, module in decoder.named_modules() if name not in linears]
+    leaves = [
+        (f"{name}.{leaf}", module, leaf) for name, module in others for leaf, _ in module.named_parameters("", False)
     ]
-    tied = config.tie_word_embeddings
-
-    def source(name: str) -> str | None:
-        """The tensor of a linear's weight, None where it is the embedding's Parameter, not a copy."""
-        if name == "lm_head" and tied:
-            return "model.embed_tokens.weight" if quantize_head else None
-        return f"{name}.weight"
-
-    wanted = [f"{name}.{leaf}" for name, _, leaf in others]
+    sources = {name: f"{name}.weight" for name in linears}
+    if config.tie_word_embeddings:
+        sources["lm_head"] = "model.embed_tokens.weight"
+        if not quantize_head:  # a tied head that stays dense shares the embedding's Parameter, not a copy
+            del sources["lm_head"]
+    wanted = [name for name, _, _ in leaves]  # first what is no linear: the tied head needs the embedding
     for name, module in linears.items():
-        wanted += [tensor for tensor in (source(name), f"{name}.bias" if module.bias is not None else None) if tensor]
+        wanted += [sources[name]] if name in sources else []
+        wanted += [f"{name}.bias"] if module.bias is not None else []
     arriving = _arriving(weights, wanted, torch.device(device))
-    for _, module, leaf in others:
+    for _, module, leaf in leaves:
         setattr(module, leaf, nn.Parameter(next(arriving).to(dtype), requires_grad=False))
     for name, module in linears.items():
-        weight: Tensor = next(arriving) if source(name) else decoder.model.embed_tokens.weight
+        weight: Tensor = next(arriving) if name in sources else decoder.model.embed_tokens.weight
         bias = None if module.bias is None else next(arriving)
         chosen = quantizer if name != "lm_head" or quantize_head else dense
         decoder.set_submodule(name, chosen.freeze(weight, bias))
