@@ -75,7 +75,8 @@ class FrozenLinear(nn.Module):
         """x Wᵀ + bias; `add` (N, O) counts before the product is rounded, where that can be had."""
         if torch.is_autocast_enabled(x.device.type):  # a custom Function is not autocast by itself
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        y: Tensor = _FrozenMatmul.apply(x, self, add)  # type: ignore[no-untyped-call]
+        recorded = x.requires_grad or (add is not None and add.requires_grad)
+        y: Tensor = _FrozenMatmul.apply(x, self, add) if recorded else _sum(self, x, add)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def parts(self) -> Parts:
@@ -91,15 +92,20 @@ def _product(x: Tensor, weight: Tensor, add: Tensor | None) -> Tensor:
     return x @ weight if add is None else torch.addmm(add, x, weight, out=add)
 
 
+def _sum(linear: FrozenLinear, x: Tensor, add: Tensor | None) -> Tensor:
+    """x Wᵀ + add, which stays as it is."""
+    if add is None:
+        return linear.mm(x)
+    if not linear.accumulates or len(x) == 1:  # mm may have a kernel for one row
+        return linear.mm(x) + add
+    return torch.addmm(add, x, linear.dense_weight().to(x.dtype).t())
+
+
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: FrozenLinear, add: Tensor | None) -> Tensor:
         ctx.linear = linear
-        if add is None:
-            return linear.mm(x)
-        if not linear.accumulates or len(x) == 1:  # mm may have a kernel for one row
-            return linear.mm(x) + add
-        return torch.addmm(add, x, linear.dense_weight().to(x.dtype).t())
+        return _sum(linear, x, add)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:

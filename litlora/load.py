@@ -166,9 +166,9 @@ def _arriving(weights: Weights, names: Sequence[str], device: torch.device) -> I
             yield weights.read(name).to(device)
         return
     with ThreadPoolExecutor(1) as reader:
-        ahead = [reader.submit(weights.read, name) for name in names[:1]]
-        for following in (*names[1:], None):
-            arrived = ahead.pop()
-            if following:
-                ahead.append(reader.submit(weights.read, following))
+        following = reader.submit(weights.read, names[0])
+        for later in (*names[1:], None):
+            arrived = following
+            if later:
+                following = reader.submit(weights.read, later)
             yield arrived.result().to(device)

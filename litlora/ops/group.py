@@ -150,7 +150,7 @@ class Group:
         dx = first.sum_mm_t(others, dys, None)
         if self.a is None or self.dropout:
             return dx.add_(self._low_rank_dx(dz))
-        return _low_rank(dz, self.a.t(), dx, dx)
+        return _add_low_rank(dz, self.a.t(), dx)
 
     def low_dx(self, dz: Tensor | None) -> Low | None:
         """What the adapters add to `dx`, for a kernel that adds it itself; None where that is not one product."""
@@ -198,17 +198,17 @@ def _output(p: Parts, x: Any, low: Low | None, base: Tensor | None) -> Tensor:
     else:
         y = p.frozen.mm(x)
         if low is not None:
-            y = _low_rank(*low, y, y, base)
+            y = _add_low_rank(*low, y, base)
         elif base is not None:
             y = y.add_(base)
     return y if p.frozen.bias is None else y.add_(p.frozen.bias.to(y.dtype))
 
 
-def _low_rank(z: Tensor, b: Tensor, base: Tensor, out: Tensor | None = None, also: Tensor | None = None) -> Tensor:
-    """base + also + z bᵀ, into `out` (base itself) where given."""
+def _add_low_rank(z: Tensor, b: Tensor, y: Tensor, also: Tensor | None = None) -> Tensor:
+    """y + also + z bᵀ, into y."""
     if b.shape[1] <= LARGEST_RANK:
-        return low_rank.low_rank_add(z, b, base, out, also)
-    y = torch.addmm(base, z, b.t()) if out is None else torch.addmm(out, z, b.t(), out=out)
+        return low_rank.low_rank_add(z, b, y, y, also)
+    y = torch.addmm(y, z, b.t(), out=y)
     return y if also is None else y.add_(also)
 
 
