@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from litlora.errors import InputError
 from litlora.ops.parts import Parts
+from litlora.ops.reference import fp32_mm
 
 BLOCKSIZE = 64  # weights that share one absmax, bitsandbytes' default
 SLICE = 2**20  # weights quantized at a time on the CPU: whole blocks
@@ -31,7 +32,7 @@ class FrozenLinear(nn.Module):
     out_features: int
     bias: nn.Parameter | None
 
-    accumulates = True  # `add` is read by the product's own epilogue
+    accumulates = True  # `add` is read by the product's own epilogue, after the product was rounded
     rounds = False  # `prepare` rounds rows to fp8
     joins: tuple[str, ...] = ()  # the tensors, a row an output, that `join` puts next to another linear's
 
@@ -42,6 +43,10 @@ class FrozenLinear(nn.Module):
     def mm_t(self, gradient: Tensor, add: Tensor | None = None) -> Tensor:
         """gradient (N, O) -> gradient W (N, I), as `mm`."""
         raise NotImplementedError
+
+    def mm_fp32(self, x: Any) -> Tensor:
+        """x (N, I) as prepared -> x Wᵀ (N, O) in fp32, not rounded, for what is added before it is."""
+        return fp32_mm(x, self.dense_weight().to(x.dtype).t())
 
     def prepare(self, x: Tensor) -> Any:
         """What `mm` takes for x, so that linears of one format that read the same x round it once."""
@@ -96,8 +101,10 @@ def _sum(linear: FrozenLinear, x: Tensor, add: Tensor | None) -> Tensor:
     """x Wᵀ + add, which stays as it is."""
     if add is None:
         return linear.mm(x)
-    if not linear.accumulates or len(x) == 1:  # mm may have a kernel for one row
+    if len(x) == 1:  # mm may have a kernel for one row
         return linear.mm(x) + add
+    if x.is_cuda and x.dtype != torch.float32:  # addmm rounds the product before it adds
+        return linear.mm_fp32(x).add_(add).to(add.dtype)
     return torch.addmm(add, x, linear.dense_weight().to(x.dtype).t())
 
 
@@ -142,10 +149,7 @@ class DenseLinear(FrozenLinear):
         return self.weight
 
     def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
-        if add is None:
-            return F.linear(x, self.weight, self.bias)
-        y = torch.addmm(add, x, self.weight.t())
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return F.linear(x, self.weight, self.bias) if add is None else super().forward(x, add)
 
 
 def _quantize(weight: Tensor, kind: str, nested: bool) -> tuple[Tensor, Any]:
@@ -294,6 +298,10 @@ class Fp8Linear(FrozenLinear):
             x = self.prepare(x)
         rounded, rows = x
         return _fp8_product(rounded, rows, self.weight.t(), self.scales[None], self.dtype, add)
+
+    def mm_fp32(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Rounded all the same where x is: fp8 products end in 16 bit."""
+        return self.mm(x).float() if self.rounds else super().mm_fp32(x)
 
     def times(self, x: Any, *joined: Any) -> Tensor | None:
         if not self.rounds:

@@ -57,12 +57,15 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("quantize", [None, "bnb.nf4"])
-def test_small_updates_are_not_rounded_away(quantize: str | None) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_small_updates_are_not_rounded_away(device: str, quantize: str | None) -> None:
     """What an adapter adds in its first steps is far below what bf16 tells apart; on average it counts. Added to a
     product that is rounded already, half of this one is lost."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
     torch.manual_seed(0)
-    weight, x = torch.randn(192, 128) / 128**0.5, torch.randn(512, 128).bfloat16()
-    frozen = make_quantizer(quantize, torch.bfloat16, torch.device("cpu")).freeze(weight, None)
+    weight, x = torch.randn(192, 128).to(device) / 128**0.5, torch.randn(512, 128).to(device).bfloat16()
+    frozen = make_quantizer(quantize, torch.bfloat16, torch.device(device)).freeze(weight, None)
     linear = LoRALinear(frozen, 8, 1.0, 0.0, torch.float32)
     with torch.no_grad():
         before = linear(x).float()

@@ -72,7 +72,7 @@ class _LinearAdd(torch.autograd.Function):
 
 def _on_top(group: Group, x: Tensor, z: Tensor | None, residual: Tensor) -> Tensor:
     """residual + the group's one linear; a residual stream may be wider than the products (bf16-mixed)."""
-    if residual.dtype == x.dtype:
+    if residual.dtype == x.dtype or z is not None:
         return group.up(x, z, residual)[0]
     return residual + group.up(x, z)[0]
 

@@ -1,8 +1,7 @@
 """The attention of a block on a CUDA card: norm, the linears of q, k and v, rotary embedding, attention.
 
-One kernel puts on top of the linears' products what they lack, and rotates, where nothing is recorded for a backward
-pass, and in one autograd Function where the products cannot add (fp8); else the pieces, each held to its namesake in
-`reference`.
+One kernel puts the adapters on top of the linears' products, and rotates; one autograd Function has it all where the
+attention is our own, too. Else the pieces, each held to its namesake in `reference`.
 Sizes: N tokens, C hidden, H heads, K key/value heads, D head dim, R rank, O out.
 """
 
@@ -175,7 +174,7 @@ class _NormAttend(torch.autograd.Function):
 
 
 def _puts_on_top(parts: Sequence[Parts], cos: Tensor) -> bool:
-    """Whether `low_rope` can add what the frozen products of all lack, and rotate."""
+    """Whether `low_rope` can add the adapters to the frozen products of all, and rotate."""
     alike = len({type(p.frozen) for p in parts}) == 1 and 2 * cos.shape[-1] in attention_kernels.HEAD_DIMS
     return alike and all(p.frozen.bias is None and (p.B is None or p.B.shape[1] <= LARGEST_RANK) for p in parts)
 
@@ -199,8 +198,7 @@ def norm_attend(
             q, k, v, _ = _heads(linears, x, cos, sin)
             return x, view.attend(q, k, v)
         q = x.new_empty(0, 1, 2 * cos.shape[-1], dtype=linears.norm.dtype)  # of the kind that there will be
-        accumulates = any(p.frozen.accumulates for p in linears.parts)  # then the products add by themselves
-        if not accumulates and isinstance(view, Inside) and attention_kernels.takes(q, view):
+        if isinstance(view, Inside) and attention_kernels.takes(q, view):
             return _NormAttend.apply(x, linears, cos, sin, view, *sides)  # type: ignore[no-any-return,no-untyped-call]
     x, *projected = norm_linears(masks, x, weight, eps, modules, keep)
     q, k, v = reference.heads(projected, norms, cos)

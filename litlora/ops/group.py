@@ -14,13 +14,9 @@ from torch import Tensor
 from litlora.ops import low_rank
 from litlora.ops.low_rank import LARGEST_RANK, Low
 from litlora.ops.parts import Parts
+from litlora.ops.reference import fp32_mm
 
 TOGETHER = 2048  # tokens from which on one kernel for the gradients of B and z is faster than a product each
-
-
-def fp32_mm(a: Tensor, b: Tensor) -> Tensor:
-    """a b in fp32 from the products' fp32 sums: an adapter's gradient is not rounded to 16 bit."""
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 class Group:
@@ -87,9 +83,12 @@ class Group:
 
     def products(self, x: Tensor, rounded: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
         """As `up`, of the frozen weights only, which are all of one format; without their biases, and rows may be
-        strided."""
+        strided. The last one's in fp32 if it is adapted: to the others' more is done than to add and round."""
         first, *others = (p.frozen for p in self.parts)
-        return first.mm_each(others, first.prepare(x) if rounded is None else rounded)
+        prepared = first.prepare(x) if rounded is None else rounded
+        if self.parts[-1].A is None or not first.accumulates:
+            return first.mm_each(others, prepared)
+        return [*first.mm_each(others[:-1], prepared), others[-1].mm_fp32(prepared)]
 
     def lows(self, z: Tensor | None) -> list[Low | None] | None:
         """What `up` would add to each product, for a kernel that adds it itself; None where a rank is too large."""
@@ -178,38 +177,30 @@ class Group:
 
 
 def _output(p: Parts, x: Any, low: Low | None, base: Tensor | None) -> Tensor:
-    """x Wᵀ + bias + z bᵀ + base, x as prepared.
+    """x Wᵀ + bias + z bᵀ + base, x as prepared, in the dtype of the base or else of z.
 
     For many steps an adapter adds less than half of what 16 bits tell apart. On top of what is rounded already that is
-    nothing; but what the product adds itself to is rounded with its sum, so that it counts on average. Only then comes
-    the base: of three numbers whose first two are rounded ones, the third decides nothing or, where those end midway,
-    far too much.
+    nothing, or, where two rounded numbers end midway, far too much; so all is summed in fp32 and rounded once.
     """
-    y: Tensor | None = None
-    if p.frozen.accumulates:
-        if low is not None:
-            y = p.frozen.mm(x, low[0] @ low[1].t())
-            if base is not None:
-                y = y.add_(base)
-        elif base is not None:
-            y = p.frozen.mm(x, base if torch.is_inference_mode_enabled() else base.clone())
-        else:
-            y = p.frozen.mm(x)
-    else:
+    if low is not None:
+        y = _add_low_rank(*low, p.frozen.mm_fp32(x) if p.frozen.accumulates else p.frozen.mm(x), base)
+    elif base is None:
         y = p.frozen.mm(x)
-        if low is not None:
-            y = _add_low_rank(*low, y, base)
-        elif base is not None:
-            y = y.add_(base)
+    elif p.frozen.accumulates:
+        y = p.frozen.mm(x, base if torch.is_inference_mode_enabled() else base.clone())
+    else:
+        y = p.frozen.mm(x).add_(base)
     return y if p.frozen.bias is None else y.add_(p.frozen.bias.to(y.dtype))
 
 
 def _add_low_rank(z: Tensor, b: Tensor, y: Tensor, also: Tensor | None = None) -> Tensor:
-    """y + also + z bᵀ, into y."""
+    """y + also + z bᵀ in the dtype of `also` or else of z, into y where that is its own."""
+    dtype = z.dtype if also is None else also.dtype
     if b.shape[1] <= LARGEST_RANK:
-        return low_rank.low_rank_add(z, b, y, y, also)
-    y = torch.addmm(y, z, b.t(), out=y)
-    return y if also is None else y.add_(also)
+        out = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
+        return low_rank.low_rank_add(z, b, y, out, also)
+    y = torch.addmm(y, z, b.t(), out=y) if y.dtype == z.dtype else y.add_(z @ b.t())
+    return (y if also is None else y.add_(also)).to(dtype)
 
 
 def factors(parts: Sequence[Parts]) -> list[Tensor | None]:

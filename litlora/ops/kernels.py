@@ -128,21 +128,20 @@ def _low_head(
     x, z, b, y, cos, sin, row, here, head, heads, stride, z_stride, rank,
     turns: tl.constexpr, half: tl.constexpr, r: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens of one head: x + z bᵀ and, if it `turns`, its rotation. Rounded in between, as it is where these
-    are two kernels."""
+    """A tile of tokens of one head: x + z bᵀ and, if it `turns`, its rotation. Not rounded in between, where x, which
+    is rounded, would swallow a small z bᵀ."""
     pair = tl.arange(0, half)
     across = pair[None, :] < half
     first = low_tile(z, b, row, head * 2 * half + pair, here, across, z_stride, rank, 1, rank, r)
     second = low_tile(z, b, row, head * 2 * half + half + pair, here, across, z_stride, rank, 1, rank, r)
     place = x + row[:, None].to(tl.int64) * stride + head * 2 * half + pair[None, :]
-    first = (first + tl.load(place, mask=here, other=0.0).to(tl.float32)).to(y.dtype.element_ty)
-    second = (second + tl.load(place + half, mask=here, other=0.0).to(tl.float32)).to(y.dtype.element_ty)
+    first += tl.load(place, mask=here, other=0.0).to(tl.float32)
+    second += tl.load(place + half, mask=here, other=0.0).to(tl.float32)
     if turns:
         angle = row[:, None] * half + pair[None, :]
         c = tl.load(cos + angle, mask=here, other=0.0).to(tl.float32)
         s = tl.load(sin + angle, mask=here, other=0.0).to(tl.float32)
-        one, other = first.to(tl.float32), second.to(tl.float32)
-        first, second = (one * c - other * s).to(first.dtype), (other * c + one * s).to(first.dtype)
+        first, second = first * c - second * s, second * c + first * s
     place = y + (row[:, None].to(tl.int64) * heads + head) * 2 * half + pair[None, :]
     tl.store(place, first, mask=here)
     tl.store(place + half, second, mask=here)
@@ -171,9 +170,9 @@ def low_rope(
     xs: Sequence[Tensor], lows: Sequence[Low | None], cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (N, H, D), k and v (N, K, D) of xs (N, H · D) and twice (N, K · D), whose rows may be strided: each with its
-    z bᵀ on top, then q and k rotated by cos, sin (N, 1, D/2), D a power of two from 32."""
-    rows, half = len(xs[0]), cos.shape[-1]
-    q, k, v = (torch.empty(rows, x.shape[1] // (2 * half), 2 * half, dtype=x.dtype, device=x.device) for x in xs)
+    z bᵀ on top, then q and k rotated by cos, sin (N, 1, D/2), D a power of two from 32. All in q's dtype."""
+    rows, half, like = len(xs[0]), cos.shape[-1], xs[0]
+    q, k, v = (torch.empty(rows, x.shape[1] // (2 * half), 2 * half, dtype=like.dtype, device=x.device) for x in xs)
     heads, kv_heads = q.shape[1], k.shape[1]
     factors, ranks, r = _lows(xs[0], *lows)
     z_stride, tile = max(z.stride(0) for z in factors[::2]), 64

@@ -23,7 +23,7 @@ class FrozenMatrix(Protocol):
 
     @property
     def accumulates(self) -> bool:
-        """Whether `add` costs nothing: the product's own epilogue reads it."""
+        """Whether `add` costs nothing: the product's own epilogue reads it (cuBLAS rounds the product first)."""
         ...
 
     @property
@@ -37,6 +37,10 @@ class FrozenMatrix(Protocol):
 
     def mm(self, x: Any, add: Tensor | None = None) -> Tensor:
         """x Wᵀ (N, O); into `add`, added to what it holds, where given."""
+        ...
+
+    def mm_fp32(self, x: Any) -> Tensor:
+        """x Wᵀ (N, O) in fp32: not rounded, where the format's product can do without."""
         ...
 
     def mm_each(self, others: Sequence[Any], x: Any) -> list[Tensor]:

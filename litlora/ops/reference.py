@@ -26,6 +26,14 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def fp32_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32 from the products' fp32 sums: what is still to be added, or an adapter's gradient, is not lost in
+    their rounding to 16 bit."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (..., C), weight (C,): normalized in fp32, cast, then scaled, in this order as transformers does."""
     wide = at_least_fp32(x)
