@@ -14,7 +14,7 @@ import torch
 
 from litlora.config import ModelConfig
 from litlora.lora import LoRA
-from litlora.ops.reference import LOGITS_BYTES, TILE
+from litlora.ops.reference import LOGITS_BYTES, TILE, logit_bytes
 from litlora.optimizers import moment_bytes
 from litlora.recompute import POLICIES, Kept
 
@@ -136,7 +136,8 @@ class Recipe:
             tile = micro.tokens / math.ceil(micro.tokens / TILE)
             recomputed = max(widths.attention * micro.tokens + widths.tile * tile, widths.flash * micro.tokens)
             block = max(block, item * (recomputed - kept * micro.tokens))
-        logits = min(LOGITS_BYTES, micro.tokens * item * self.config.vocab_size)
+        logit = logit_bytes(item, self.lora.matches("lm_head"))
+        logits = min(LOGITS_BYTES, micro.tokens * logit * self.config.vocab_size)
         return Footprint(
             weights=self.weight_bytes - self.constant_bytes,
             constants=self.constant_bytes,

@@ -245,7 +245,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, labels: Tensor, parts: tuple[Parts, ...], seed: Tensor, *_factors: Any) -> Tensor:
         ctx.parts, cast = parts, Group.cast(parts, x.dtype)
         needed = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:])
-        rows = max(1, reference.LOGITS_BYTES // (x.element_size() * parts[0].frozen.out_features))
+        held = reference.logit_bytes(x.element_size(), parts[0].A is not None)
+        rows = max(1, reference.LOGITS_BYTES // (held * parts[0].frozen.out_features))
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         sums: list[Tensor | None] = [None, None]

@@ -199,8 +199,12 @@ def _add_low_rank(z: Tensor, b: Tensor, y: Tensor, also: Tensor | None = None) -
     if b.shape[1] <= LARGEST_RANK:
         out = y if y.dtype == dtype else torch.empty_like(y, dtype=dtype)
         return low_rank.low_rank_add(z, b, y, out, also)
-    y = torch.addmm(y, z, b.t(), out=y) if y.dtype == z.dtype else y.add_(z @ b.t())
-    return (y if also is None else y.add_(also)).to(dtype)
+    if y.dtype == z.dtype:
+        y = torch.addmm(y, z, b.t(), out=y)
+        return y if also is None else y.add_(also)
+    low = z @ b.t()
+    y = y if also is None else y.add_(also)
+    return torch.add(y, low, out=low) if dtype == low.dtype else y.add_(low).to(dtype)
 
 
 def factors(parts: Sequence[Parts]) -> list[Tensor | None]:

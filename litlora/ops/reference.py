@@ -17,8 +17,14 @@ from torch.utils.checkpoint import checkpoint
 from litlora.ops.attention import View
 
 Keep = Literal["all", "lean", "input"]  # for the backward pass: lean: no norms, no SwiGLU; input: nothing else
-LOGITS_BYTES = 256 * 2**20  # fp32 logits held at a time
+LOGITS_BYTES = 256 * 2**20  # of logits held at a time
 TILE = 9216  # tokens of an MLP at a time where its backward pass works everything out again
+
+
+def logit_bytes(item: int, adapted: bool) -> int:
+    """That a fused operation holds of a logit at its widest: an adapter is added to the product in fp32. `item`: bytes
+    in the products' dtype."""
+    return item + 4 if adapted and item < 4 else item
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
