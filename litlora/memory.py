@@ -7,6 +7,7 @@ backward pass holds at its widest, and the chunk of logits. Beside what was meas
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
@@ -14,6 +15,7 @@ import torch
 
 from litlora.config import ModelConfig
 from litlora.lora import LoRA
+from litlora.ops.parts import LARGEST_RANK
 from litlora.ops.reference import LOGITS_BYTES, TILE, logit_bytes
 from litlora.optimizers import moment_bytes
 from litlora.recompute import POLICIES, Kept
@@ -193,12 +195,19 @@ class Recipe:
 
     @cached_property
     def adapter_parameters(self) -> int:
-        total = 0
-        for name, (out_features, in_features) in self.config.linear_shapes.items():
+        return sum(rank * (outputs + inputs) for _, outputs, inputs, rank in self._adapted())
+
+    @cached_property
+    def outputs_of_large_ranks(self) -> int:
+        """A token's, of the blocks' linears whose adapter is more than the kernels add."""
+        return sum(out for name, out, _, rank in self._adapted() if rank > LARGEST_RANK and name != "lm_head")
+
+    def _adapted(self) -> Iterator[tuple[str, int, int, int]]:
+        """Name, outputs, inputs and rank of each adapted linear."""
+        for name, (outputs, inputs) in self.config.linear_shapes.items():
             blocks = range(self.config.num_hidden_layers)
             names = [name] if name == "lm_head" else [f"model.layers.{block}.{name}" for block in blocks]
-            total += sum(self.lora.rank(n) * (out_features + in_features) for n in names if self.lora.matches(n))
-        return total
+            yield from ((n, outputs, inputs, self.lora.rank(n)) for n in names if self.lora.matches(n))
 
     @cached_property
     def widths(self) -> Widths:

@@ -26,6 +26,7 @@ PASSES = 8.5  # of what blocks keep through the memory: everything but products,
 ATTENTION = 0.5  # of the rate of products, over long rows; what short ones take is in PASSES
 FP8 = 1.71  # times the 16-bit rate of products, rounding included
 ADAPTER = 20  # FLOP a parameter, as if at the rate of large products: 6 of them, thin ones
+LARGE_RANK = 12  # bytes an output and forward pass: its product in fp32, and an adapter that is added apart
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def seconds_per_token(recipe: Recipe, micro: MicroBatch, card: Card = H100) -> f
     widths, item = recipe.widths, recipe.compute.itemsize
     moved = PASSES * (1 + again / 2) * widths.all
     moved += 2 * (widths.all - widths.lean) * (micro.lean(layers) + micro.recomputed) / layers
-    per_token = flop / card.matmul * (1 + HALF / tokens) + item * layers * moved / card.memory
+    apart = LARGE_RANK * (1 + again) * recipe.outputs_of_large_ranks
+    per_token = flop / card.matmul * (1 + HALF / tokens) + (item * layers * moved + apart) / card.memory
     if recipe.quantize:  # made wide, or turned round, once a pass through the weights
         per_token += _unpacking(recipe, micro) * weights / card.memory / tokens
     if micro.policy == "offload":

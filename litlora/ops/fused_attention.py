@@ -19,8 +19,7 @@ from litlora.ops import attention_kernels, kernels, reference
 from litlora.ops.attention import Inside, View
 from litlora.ops.fused_common import DTYPES, Masks, Norm, cast_like, product_dtype, takes_norm, usable
 from litlora.ops.group import Group, factors
-from litlora.ops.low_rank import LARGEST_RANK
-from litlora.ops.parts import Parts
+from litlora.ops.parts import LARGEST_RANK, Parts
 from litlora.ops.reference import Keep
 
 

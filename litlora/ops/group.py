@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from litlora.ops import low_rank
-from litlora.ops.low_rank import LARGEST_RANK, Low
-from litlora.ops.parts import Parts
+from litlora.ops.low_rank import Low
+from litlora.ops.parts import LARGEST_RANK, Parts
 from litlora.ops.reference import fp32_mm
 
 TOGETHER = 2048  # tokens from which on one kernel for the gradients of B and z is faster than a product each

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LARGEST_RANK = 64  # that the kernels hold in registers
 Low = tuple[Tensor, Tensor]  # z (N, R), whose rows may be strided, and b (O, R): z bᵀ is still to be added
 
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+LARGEST_RANK = 64  # that the kernels of adapters hold in registers; products and sums of torch's own take larger ones
+
 
 class FrozenMatrix(Protocol):
     """A weight (O, I) that never trains, in any format; no autograd."""
