@@ -372,7 +372,7 @@ def test_products_that_lie_side_by_side_are_taken_as_they_are(
     for each in (apart, as_slices):
         monkeypatch.setattr(Fp8Linear, "mm_each", each)
         results.append(run())
-    assert at_once == [128, 256]
+    assert at_once == [128, 256 if modules[2].base_layer.rounds else 192]  # else v's is in fp32, by itself
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -86,7 +86,7 @@ class Group:
         strided. The last one's in fp32 if it is adapted: to the others' more is done than to add and round."""
         first, *others = (p.frozen for p in self.parts)
         prepared = first.prepare(x) if rounded is None else rounded
-        if self.parts[-1].A is None or not first.accumulates:
+        if self.parts[-1].A is None or first.rounds:
             return first.mm_each(others, prepared)
         return [*first.mm_each(others[:-1], prepared), others[-1].mm_fp32(prepared)]
 
@@ -183,7 +183,7 @@ def _output(p: Parts, x: Any, low: Low | None, base: Tensor | None) -> Tensor:
     nothing, or, where two rounded numbers end midway, far too much; so all is summed in fp32 and rounded once.
     """
     if low is not None:
-        y = _add_low_rank(*low, p.frozen.mm_fp32(x) if p.frozen.accumulates else p.frozen.mm(x), base)
+        y = _add_low_rank(*low, p.frozen.mm(x) if p.frozen.rounds else p.frozen.mm_fp32(x), base)
     elif base is None:
         y = p.frozen.mm(x)
     elif p.frozen.accumulates:
