@@ -44,8 +44,8 @@ class FrozenLinear(nn.Module):
         """gradient (N, O) -> gradient W (N, I), as `mm`."""
         raise NotImplementedError
 
-    def mm_fp32(self, x: Any) -> Tensor:
-        """x (N, I) as prepared -> x Wᵀ (N, O) in fp32, not rounded, for what is added before it is."""
+    def mm_fp32(self, x: Tensor) -> Tensor:
+        """x (N, I) -> x Wᵀ (N, O) in fp32, for what is added before it is rounded; not of linears that round x."""
         return fp32_mm(x, self.dense_weight().to(x.dtype).t())
 
     def prepare(self, x: Tensor) -> Any:
@@ -101,11 +101,16 @@ def _sum(linear: FrozenLinear, x: Tensor, add: Tensor | None) -> Tensor:
     """x Wᵀ + add, which stays as it is."""
     if add is None:
         return linear.mm(x)
-    if len(x) == 1:  # mm may have a kernel for one row
+    if linear.rounds or len(x) == 1:  # mm may have a kernel for one row
         return linear.mm(x) + add
-    if x.is_cuda and x.dtype != torch.float32:  # addmm rounds the product before it adds
-        return linear.mm_fp32(x).add_(add).to(add.dtype)
+    if rounds_first(x):
+        return (linear.mm_fp32(x) + add).to(add.dtype)  # not in place: `selective` keeps products
     return torch.addmm(add, x, linear.dense_weight().to(x.dtype).t())
+
+
+def rounds_first(x: Tensor) -> bool:
+    """Whether addmm over x rounds the product before it adds, as cuBLAS does."""
+    return x.is_cuda and x.element_size() < 4
 
 
 class _FrozenMatmul(torch.autograd.Function):
@@ -298,10 +303,6 @@ class Fp8Linear(FrozenLinear):
             x = self.prepare(x)
         rounded, rows = x
         return _fp8_product(rounded, rows, self.weight.t(), self.scales[None], self.dtype, add)
-
-    def mm_fp32(self, x: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-        """Rounded all the same where x is: fp8 products end in 16 bit."""
-        return self.mm(x).float() if self.rounds else super().mm_fp32(x)
 
     def times(self, x: Any, *joined: Any) -> Tensor | None:
         if not self.rounds:

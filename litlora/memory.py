@@ -138,7 +138,8 @@ class Recipe:
             tile = micro.tokens / math.ceil(micro.tokens / TILE)
             recomputed = max(widths.attention * micro.tokens + widths.tile * tile, widths.flash * micro.tokens)
             block = max(block, item * (recomputed - kept * micro.tokens))
-        logit = logit_bytes(item, self.lora.matches("lm_head"))
+        rounds = self.quantize_head and self.quantize == "fp8"
+        logit = logit_bytes(item, self.lora.matches("lm_head") and not rounds)
         logits = min(LOGITS_BYTES, micro.tokens * logit * self.config.vocab_size)
         return Footprint(
             weights=self.weight_bytes - self.constant_bytes,
@@ -198,8 +199,10 @@ class Recipe:
         return sum(rank * (outputs + inputs) for _, outputs, inputs, rank in self._adapted())
 
     @cached_property
-    def outputs_of_large_ranks(self) -> int:
-        """A token's, of the blocks' linears whose adapter is more than the kernels add."""
+    def outputs_apart(self) -> int:
+        """A token's, of the blocks' linears whose product is in fp32 until torch has added an adapter of large rank."""
+        if self.quantize == "fp8" or self.compute.itemsize >= 4:
+            return 0
         return sum(out for name, out, _, rank in self._adapted() if rank > LARGEST_RANK and name != "lm_head")
 
     def _adapted(self) -> Iterator[tuple[str, int, int, int]]:

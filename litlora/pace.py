@@ -60,7 +60,7 @@ def seconds_per_token(recipe: Recipe, micro: MicroBatch, card: Card = H100) -> f
     widths, item = recipe.widths, recipe.compute.itemsize
     moved = PASSES * (1 + again / 2) * widths.all
     moved += 2 * (widths.all - widths.lean) * (micro.lean(layers) + micro.recomputed) / layers
-    apart = LARGE_RANK * (1 + again) * recipe.outputs_of_large_ranks
+    apart = LARGE_RANK * (1 + again) * recipe.outputs_apart
     per_token = flop / card.matmul * (1 + HALF / tokens) + (item * layers * moved + apart) / card.memory
     if recipe.quantize:  # made wide, or turned round, once a pass through the weights
         per_token += _unpacking(recipe, micro) * weights / card.memory / tokens

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -471,12 +472,38 @@ def test_small_updates_are_not_rounded_away(residual: float, rank: int, base: st
     wanted = z.float() @ b.float().t()
     found = output(z) - output(torch.zeros_like(z))
     assert float((found * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.15)
+    exact = x.double() @ frozen.dense_weight().double().t() + z.double() @ b.double().t()
+    exact = exact + below if residual else exact
+    once = exact.to(COARSE).double() - exact
+    assert float((output(z) - exact).norm() / once.norm()) < 1.02, "rounded more than once"
+
+
+def test_on_a_wide_residual_nothing_is_rounded() -> None:
+    """As in bf16-mixed."""
+    residual, x, module = random(33, 96), random(33, 64, dtype=COARSE), linear(64, 96, 4, COARSE)
+    with torch.no_grad():
+        module.lora_B.weight.mul_(1e-4)  # type: ignore[union-attr,operator]
+        found = FUSED.linear_add(residual, x, module)
+    frozen, a, b = module.base_layer, module.lora_A.weight, module.lora_B.weight
+    wanted = residual + x.float() @ frozen.weight.float().t() + SCALE * x.float() @ a.t() @ b.t()  # type: ignore
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("rank", [8, 100])
+def test_a_wide_residual_stays_wide_where_products_end_in_16_bit(rank: int) -> None:
+    """As fp8 in bf16-mixed."""
+    x, weight = random(33, 64, dtype=COARSE), random(96, 64, dtype=COARSE)
+    z, b, below = random(33, rank, dtype=COARSE), random(96, rank, dtype=COARSE), random(33, 96)
+    rounding = cast(Any, SimpleNamespace(rounds=True, accumulates=False, bias=None, mm=lambda x: x @ weight.t()))
+    found = group._output(Parts(rounding), x, (z, b), below.clone())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, below + (x @ weight.t()) + z.float() @ b.float().t(), rtol=1e-2, atol=0.2)
 
 
 @pytest.mark.parametrize("base", [None, "bnb.nf4"])
 def test_small_updates_of_heads_are_not_rounded_away(base: str | None) -> None:
     modules, (cos, sin, _), x, weight = attention_of((8, 8, 8), COARSE, base=base)
-    updates = [module.lora_B.weight.detach().clone() * 10 * SMALL for module in modules]  # type: ignore[union-attr]
+    updates = [module.lora_B.weight.detach().clone() * SMALL for module in modules]  # type: ignore[union-attr]
     seen: list[Tensor] = []
 
     class View:
@@ -547,6 +574,22 @@ def test_linear_cross_entropy(r: int, chunk: int, dtype: torch.dtype, monkeypatc
         return [loss.detach(), *torch.autograd.grad(loss / 7, [x, *trained(head)])]
 
     held(run, dtype)
+
+
+@pytest.mark.parametrize(("r", "rows"), [(0, 30), (8, 10), (80, 10)])
+def test_logits_are_held_within_their_bytes(r: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an adapter they are in fp32 for a moment, beside the 16 bit that they end in."""
+    taken: list[int] = []
+
+    def cross_entropy(logits: Tensor, labels: Tensor, *, gradient: bool) -> Tensor:
+        taken.append(len(logits))
+        return torch.ones(len(logits), device=DEVICE)
+
+    monkeypatch.setattr(reference, "LOGITS_BYTES", 6 * 100 * 10)
+    monkeypatch.setattr(kernels, "cross_entropy", cross_entropy)
+    x, labels = random(64, 64, dtype=COARSE), torch.randint(0, 100, (64,), device=DEVICE)
+    assert FUSED.linear_cross_entropy(x, linear(64, 100, r, COARSE), labels) == 64
+    assert taken == [rows] * (64 // rows) + [64 % rows]
 
 
 def test_nothing_labelled_is_a_zero_loss() -> None:
@@ -777,7 +820,7 @@ if CUDA:  # what the interpreter has no notion of
 
         for lengths in ([30, 34], [31, 17]):
             loss_and_gradients(model, decoder, batch_of(lengths))
-        with torch.no_grad():  # which puts on top of the products what training's add themselves to
+        with torch.no_grad():
             model.eval()(batch_of([12, 9]))
         before = compiled()
         for lengths in ([5], [100, 3, 8], [64], [77, 50], [1, 1, 1], [128]):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litlora import recompute
+from litlora import frozen, recompute
 from litlora.config import ModelConfig
 from litlora.frozen import QUANTIZERS, make_quantizer
 from litlora.load import RandomWeights, load_model
@@ -241,6 +241,18 @@ def test_whatever_is_kept_gives_the_same_loss_and_gradients_under_dropout(
 ) -> None:
     monkeypatch.setattr(reference, "LOGITS_BYTES", logits_rows * 4 * V)
     hold_to_plain(kept, small_config(), None, EVERYTHING)
+
+
+@pytest.mark.parametrize("kept", LESS)
+def test_whatever_is_kept_where_an_adapter_is_added_to_a_product_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, kept: Kept
+) -> None:
+    """As on a card."""
+    seen, product = [], frozen.fp32_mm
+    monkeypatch.setattr(frozen, "rounds_first", lambda x: True)
+    monkeypatch.setattr(frozen, "fp32_mm", lambda a, b: seen.append(b.shape) or product(a, b))
+    hold_to_plain(kept, small_config(), None, EVERYTHING)
+    assert len(seen) > 3 * 8
 
 
 @pytest.mark.parametrize("kept", LESS)

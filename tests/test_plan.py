@@ -94,6 +94,16 @@ def test_predicted_peaks_are_within_5_percent_of_measured_ones(
     assert abs(recipe.footprint(MicroBatch(tokens, *way)).peak / 1e9 / measured - 1) < 0.05
 
 
+def test_logits_of_an_adapted_head_are_in_fp32_for_a_moment() -> None:
+    def logits(lora: LoRA, quantize: str | None = None) -> float:
+        return Recipe(LLAMA_7B, lora, quantize, quantize_head=quantize is not None).footprint(MicroBatch(100)).logits
+
+    head = replace(QV, targets=(*QV.targets, "lm_head"))
+    assert logits(head) - logits(QV) == 100 * 4 * LLAMA_7B.vocab_size
+    assert logits(head, NF4DQ) - logits(QV, NF4DQ) == 100 * 4 * LLAMA_7B.vocab_size
+    assert logits(head, "fp8") == logits(QV, "fp8")
+
+
 @pytest.mark.parametrize(
     ("lora", "quantize", "tokens", "way", "measured"),
     [  # tokens/s on an H100, as above

@@ -245,7 +245,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, labels: Tensor, parts: tuple[Parts, ...], seed: Tensor, *_factors: Any) -> Tensor:
         ctx.parts, cast = parts, Group.cast(parts, x.dtype)
         needed = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:])
-        held = reference.logit_bytes(x.element_size(), parts[0].A is not None)
+        held = reference.logit_bytes(x.element_size(), parts[0].A is not None and not parts[0].frozen.rounds)
         rows = max(1, reference.LOGITS_BYTES // (held * parts[0].frozen.out_features))
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
@@ -262,6 +262,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 sums = _added(sums, gradients)
                 if dx is not None:
                     dx[start : start + rows] = group.dx(dz, [logits])
+            del logits  # before there are the next ones
         ctx.save_for_backward(dx, *sums)
         return total
 

@@ -85,7 +85,7 @@ class Group:
         """As `up`, of the frozen weights only, which are all of one format; without their biases, and rows may be
         strided. The last one's in fp32 if it is adapted: to the others' more is done than to add and round."""
         first, *others = (p.frozen for p in self.parts)
-        prepared = first.prepare(x) if rounded is None else rounded
+        prepared: Any = first.prepare(x) if rounded is None else rounded
         if self.parts[-1].A is None or first.rounds:
             return first.mm_each(others, prepared)
         return [*first.mm_each(others[:-1], prepared), others[-1].mm_fp32(prepared)]
@@ -180,7 +180,8 @@ def _output(p: Parts, x: Any, low: Low | None, base: Tensor | None) -> Tensor:
     """x Wᵀ + bias + z bᵀ + base, x as prepared, in the dtype of the base or else of z.
 
     For many steps an adapter adds less than half of what 16 bits tell apart. On top of what is rounded already that is
-    nothing, or, where two rounded numbers end midway, far too much; so all is summed in fp32 and rounded once.
+    nothing, or, where two rounded numbers end midway, far too much; so product, adapter and base are summed in fp32 and
+    rounded once. Where products end in 16 bit (fp8), what that costs is small beside their own error.
     """
     if low is not None:
         y = _add_low_rank(*low, p.frozen.mm(x) if p.frozen.rounds else p.frozen.mm_fp32(x), base)
@@ -201,7 +202,7 @@ def _add_low_rank(z: Tensor, b: Tensor, y: Tensor, also: Tensor | None = None) -
         return low_rank.low_rank_add(z, b, y, out, also)
     if y.dtype == z.dtype:
         y = torch.addmm(y, z, b.t(), out=y)
-        return y if also is None else y.add_(also)
+        return y if also is None else also + y
     low = z @ b.t()
     y = y if also is None else y.add_(also)
     return torch.add(y, low, out=low) if dtype == low.dtype else y.add_(low).to(dtype)

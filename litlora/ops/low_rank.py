@@ -92,9 +92,9 @@ def low_rank_add(z: Tensor, b: Tensor, base: Tensor, out: Tensor | None = None, 
     z and b may be strided."""
     (rows, size), rank = base.shape, b.shape[1]
     y = torch.empty_like(base) if out is None else out
-    tile, block = 64, 128
+    second, tile, block = base if also is None else also.contiguous(), 64, 128
     _low_rank_add[(triton.cdiv(rows, tile), triton.cdiv(size, block))](
-        z, b, base, base if also is None else also, y, rows, size, rank, z.stride(0), b.stride(0), b.stride(1),
+        z, b, base, second, y, rows, size, rank, z.stride(0), b.stride(0), b.stride(1),
         second=also is not None, tile=tile, block=block, r=max(16, power(rank)), num_warps=4,
     )  # fmt: skip
     return y

@@ -41,8 +41,8 @@ class FrozenMatrix(Protocol):
         """x Wᵀ (N, O); into `add`, added to what it holds, where given."""
         ...
 
-    def mm_fp32(self, x: Any) -> Tensor:
-        """x Wᵀ (N, O) in fp32: not rounded, where the format's product can do without."""
+    def mm_fp32(self, x: Tensor) -> Tensor:
+        """x Wᵀ (N, O) in fp32; not where it `rounds`, whose products end in 16 bit."""
         ...
 
     def mm_each(self, others: Sequence[Any], x: Any) -> list[Tensor]:

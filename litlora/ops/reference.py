@@ -21,10 +21,10 @@ LOGITS_BYTES = 256 * 2**20  # of logits held at a time
 TILE = 9216  # tokens of an MLP at a time where its backward pass works everything out again
 
 
-def logit_bytes(item: int, adapted: bool) -> int:
-    """That a fused operation holds of a logit at its widest: an adapter is added to the product in fp32. `item`: bytes
-    in the products' dtype."""
-    return item + 4 if adapted and item < 4 else item
+def logit_bytes(item: int, in_fp32: bool) -> int:
+    """That a fused operation holds of a logit at its widest. `item`: bytes in the products' dtype; `in_fp32`: the
+    product is, for the head's adapter to be added to it."""
+    return item + 4 if in_fp32 and item < 4 else item
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
 def fp32_mm(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32 from the products' fp32 sums: what is still to be added, or an adapter's gradient, is not lost in
     their rounding to 16 bit."""
-    if a.dtype == torch.float32:
+    if a.element_size() >= 4:
         return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
