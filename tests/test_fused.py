@@ -503,7 +503,7 @@ def test_a_wide_residual_stays_wide_where_products_end_in_16_bit(rank: int) -> N
 @pytest.mark.parametrize("base", [None, "bnb.nf4"])
 def test_small_updates_of_heads_are_not_rounded_away(base: str | None) -> None:
     modules, (cos, sin, _), x, weight = attention_of((8, 8, 8), COARSE, base=base)
-    updates = [module.lora_B.weight.detach().clone() * SMALL for module in modules]  # type: ignore[union-attr]
+    updates = [module.lora_B.weight.detach().clone() * 2 * SMALL for module in modules]  # type: ignore[union-attr]
     seen: list[Tensor] = []
 
     class View:
