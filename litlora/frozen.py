@@ -32,7 +32,6 @@ class FrozenLinear(nn.Module):
     out_features: int
     bias: nn.Parameter | None
 
-    accumulates = True  # `add` is read by the product's own epilogue, after the product was rounded
     rounds = False  # `prepare` rounds rows to fp8
     joins: tuple[str, ...] = ()  # the tensors, a row an output, that `join` puts next to another linear's
 
@@ -259,7 +258,6 @@ class Fp8Linear(FrozenLinear):
     takes one layout only, so the bytes are transposed for the moment.
     """
 
-    accumulates = False
     joins = ("weight", "scales")
     weight: nn.Parameter  # (O, I) float8_e4m3fn
     scales: nn.Parameter  # (O,) fp32

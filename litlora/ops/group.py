@@ -144,7 +144,7 @@ class Group:
         first, *others = (p.frozen for p in self.parts)
         if dz is None:
             return first.sum_mm_t(others, dys, None)
-        if first.accumulates:
+        if not first.rounds:
             return first.sum_mm_t(others, dys, self._low_rank_dx(dz))
         dx = first.sum_mm_t(others, dys, None)
         if self.a is None or self.dropout:
@@ -187,10 +187,10 @@ def _output(p: Parts, x: Any, low: Low | None, base: Tensor | None) -> Tensor:
         y = _add_low_rank(*low, p.frozen.mm(x) if p.frozen.rounds else p.frozen.mm_fp32(x), base)
     elif base is None:
         y = p.frozen.mm(x)
-    elif p.frozen.accumulates:
-        y = p.frozen.mm(x, base if torch.is_inference_mode_enabled() else base.clone())
-    else:
+    elif p.frozen.rounds:
         y = p.frozen.mm(x).add_(base)
+    else:
+        y = p.frozen.mm(x, base if torch.is_inference_mode_enabled() else base.clone())
     return y if p.frozen.bias is None else y.add_(p.frozen.bias.to(y.dtype))
 
 

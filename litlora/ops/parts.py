@@ -24,13 +24,10 @@ class FrozenMatrix(Protocol):
     def bias(self) -> Tensor | None: ...
 
     @property
-    def accumulates(self) -> bool:
-        """Whether `add` costs nothing: the product's own epilogue reads it (cuBLAS rounds the product first)."""
-        ...
-
-    @property
     def rounds(self) -> bool:
-        """Whether `prepare` rounds rows to fp8, which the norm before them can do while it has them."""
+        """Whether `prepare` rounds rows to fp8, which the norm before them can do while it has them. Such products end
+        in 16 bit and add nothing by themselves; others read `add` in their own epilogue, at no cost (cuBLAS rounds the
+        product first)."""
         ...
 
     def prepare(self, x: Tensor) -> Any:
